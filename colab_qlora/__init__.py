@@ -1,0 +1,57 @@
+"""colab_qlora: fine-tune language models with QLoRA on one small GPU, in notebooks that show how.
+
+Importing this package loads nothing heavy, touches no GPU and no network, prints nothing and changes
+no attribute of any other library: every public name is fetched from its module on first use (PEP 562).
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+__version__ = "0.1.0"
+
+# public name -> the module that defines it
+_EXPORTS = {
+    "FastLanguageModel": "fast_language_model",
+    "SFTConfig": "training.arguments",
+    "SFTTrainer": "training.trainer",
+    "UserError": "errors",
+    "inspect_environment": "environment",
+    "install_missing": "install",
+    "read_log": "curves.log",
+    "draw_curves": "curves.draw",
+}
+
+__all__ = [
+    "FastLanguageModel",
+    "SFTConfig",
+    "SFTTrainer",
+    "UserError",
+    "__version__",
+    "draw_curves",
+    "inspect_environment",
+    "install_missing",
+    "read_log",
+]
+
+if TYPE_CHECKING:
+    from colab_qlora.curves.draw import draw_curves
+    from colab_qlora.curves.log import read_log
+    from colab_qlora.environment import inspect_environment
+    from colab_qlora.errors import UserError
+    from colab_qlora.fast_language_model import FastLanguageModel
+    from colab_qlora.install import install_missing
+    from colab_qlora.training.arguments import SFTConfig
+    from colab_qlora.training.trainer import SFTTrainer
+
+
+def __getattr__(name: str) -> Any:
+    module = _EXPORTS.get(name)
+    if module is None:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(importlib.import_module(f"{__name__}.{module}"), name)
+
+
+def __dir__() -> list[str]:
+    return sorted(__all__)

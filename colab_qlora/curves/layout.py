@@ -1,0 +1,227 @@
+"""Where the words of a figure go, in pixels: labels at line ends, notes above the axes.
+
+Direct labels replace a legend box, so they must not overlap. Text widths are measured with the
+renderer before anything is placed, and the axes get the room that is left. Positions are stored as
+fractions of the figure and fonts in points, so a figure saved at another dpi looks the same.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
+
+__all__ = ["DPI", "EndLabel", "Note", "lay_out", "pack_rows", "shorten", "spread"]
+
+DPI = 100
+TEXT_PT, TITLE_PT = 11, 13
+_LINE_PX = 21  # 11 pt are 15.3 px at 100 dpi; the rest keeps ascenders and descenders apart
+_TITLE_LINE_PX = 28
+_PAD_PX = 10
+_SWATCH_PX, _SWATCH_GAP_PX = 28, 7
+_EDGE_MARKER_PX = 8  # half a marker that sits on the top edge, and some air
+
+
+@dataclass(frozen=True)
+class EndLabel:
+    """A label for a line, to the right of the axes.
+
+    Attributes:
+        text: the words.
+        x: where the line ends, in data units.
+        y: where the line ends, in data units, inside the axes.
+        style: keyword arguments of the Line2D that stands beside the words.
+        rank: labels of the highest rank go first where there is no room for all.
+    """
+
+    text: str
+    x: float
+    y: float
+    style: dict[str, Any]
+    rank: int
+
+
+@dataclass(frozen=True)
+class Note:
+    """A note above the axes.
+
+    Attributes:
+        text: the words.
+        x: the data coordinate that it should stand above.
+    """
+
+    text: str
+    x: float
+
+
+def spread(targets: Sequence[float], gap: float, low: float, high: float) -> list[float]:
+    """Moves positions apart, each as little as the others allow (least squares).
+
+    Args:
+        targets: where each label would like to be, in any order.
+        gap: the least distance between two positions.
+        low: the least position.
+        high: the greatest position; there must be room for all.
+
+    Returns:
+        The positions, in the order of `targets`.
+    """
+    order = sorted(range(len(targets)), key=lambda index: targets[index])
+    # minus rank * gap, "at least gap apart" reads "not falling", which pooling neighbours solves
+    blocks: list[tuple[float, int]] = []
+    for rank, index in enumerate(order):
+        mean, size = targets[index] - rank * gap, 1
+        while blocks and blocks[-1][0] >= mean:
+            other_mean, other_size = blocks.pop()
+            mean = (mean * size + other_mean * other_size) / (size + other_size)
+            size += other_size
+        blocks.append((mean, size))
+    highest = high - gap * (len(targets) - 1)
+    flat = [min(max(mean, low), highest) for mean, size in blocks for _ in range(size)]
+    placed = [0.0] * len(targets)
+    for rank, index in enumerate(order):
+        placed[index] = flat[rank] + rank * gap
+    return placed
+
+
+def pack_rows(
+    centres: Sequence[float], widths: Sequence[float], low: float, high: float
+) -> list[tuple[float, int]]:
+    """Puts texts in as few rows as a first-fit needs, each near its centre.
+
+    Args:
+        centres: where the middle of each text would like to be, in px.
+        widths: the widths, in px.
+        low: the left limit, in px.
+        high: the right limit, in px; a text wider than the room starts at `low`.
+
+    Returns:
+        For each text its left edge in px and its row, 0 being the lowest.
+    """
+    rows: list[list[tuple[float, float]]] = []
+    placed = []
+    for centre, width in zip(centres, widths, strict=True):
+        left = max(low, min(centre - width / 2, high - width))
+        right = left + width + 2 * _PAD_PX
+        fits = (
+            all(right <= other_left or other_right <= left for other_left, other_right in row)
+            for row in rows
+        )
+        number = next((number for number, is_free in enumerate(fits) if is_free), len(rows))
+        if number == len(rows):
+            rows.append([])
+        rows[number].append((left, right))
+        placed.append((left, number))
+    return placed
+
+
+def shorten(text: str, limit: int) -> str:
+    """Cuts the middle out of a text of more than `limit` characters; names differ at the ends."""
+    if len(text) <= limit:
+        return text
+    kept = max(2, limit - 3)
+    return text[: (kept + 1) // 2] + "..." + text[len(text) - kept // 2 :]
+
+
+def lay_out(
+    fig: Figure,
+    ax: Axes,
+    ends: list[EndLabel],
+    notes: list[Note],
+    *,
+    title: str | None,
+    ink: str,
+) -> None:
+    """Places the axes, the end labels, the notes and the title; the data limits are final by now.
+
+    Args:
+        fig: the figure, at `DPI` and with an Agg canvas.
+        ax: its only axes.
+        ends: the labels to the right of the axes.
+        notes: the notes above the axes, the most important first.
+        title: the title, or None.
+        ink: the colour of all text.
+    """
+    from matplotlib.font_manager import FontProperties
+
+    renderer: Any = fig.canvas.get_renderer()  # type: ignore[attr-defined]
+    width, height = fig.get_size_inches() * DPI
+
+    def fit(text: str, room: float, size: float = TEXT_PT, weight: str = "normal") -> Any:
+        font = FontProperties(size=size, weight=weight)
+        limit = len(text)
+        while True:
+            cut = shorten(text, limit)
+            wide = renderer.get_text_width_height_descent(cut, font, False)[0]
+            if wide <= room or limit <= 5:
+                return cut, wide
+            limit = min(limit - 1, int(limit * room / wide) + 1)
+
+    label_start = _PAD_PX + _SWATCH_PX + _SWATCH_GAP_PX
+    fitted = [fit(end.text, 0.4 * width - label_start) for end in ends]
+    # tick labels and axis names reach from the axes as far out as here; they move with the axes
+    box: Any = ax.get_window_extent(renderer)
+    y_box: Any = ax.yaxis.get_tightbbox(renderer)
+    x_box: Any = ax.xaxis.get_tightbbox(renderer)
+    left, bottom = box.x0 - y_box.x0 + _PAD_PX, box.y0 - x_box.y0 + _PAD_PX
+    right = width - 2 * _PAD_PX
+    if ends:
+        right -= max(wide for _, wide in fitted) + label_start - _PAD_PX
+
+    (x_low, x_high), (y_low, y_high) = ax.get_xlim(), ax.get_ylim()
+
+    def x_px(x: float) -> float:
+        return float(left + (x - x_low) / (x_high - x_low) * (right - left))
+
+    fitted_notes = [fit(note.text, width - left - _PAD_PX) for note in notes]
+    spots = pack_rows(
+        [x_px(note.x) for note in notes],
+        [wide for _, wide in fitted_notes],
+        left,
+        width - _PAD_PX,
+    )
+    top = height - _PAD_PX - _EDGE_MARKER_PX - (_TITLE_LINE_PX if title else 0)
+    top -= _LINE_PX * max((row + 1 for _, row in spots), default=0)
+    ax.set_position(
+        (left / width, bottom / height, (right - left) / width, (top - bottom) / height)
+    )
+
+    def put(x: float, y: float, text: str, **style: Any) -> None:
+        usual: dict[str, Any] = {"fontsize": TEXT_PT, "color": ink, "va": "center"}
+        # a dollar sign in a run name is no formula
+        fig.text(x / width, y / height, text, parse_math=False, **(usual | style))
+
+    for (text, _), (text_left, row) in zip(fitted_notes, spots, strict=True):
+        put(text_left, top + _EDGE_MARKER_PX + _LINE_PX * (row + 0.5), text, gid="note")
+    if title:
+        text, _ = fit(" ".join(title.split()), width - left - _PAD_PX, TITLE_PT, "bold")
+        middle = height - _PAD_PX - _TITLE_LINE_PX / 2 + 2
+        put(left, middle, text, fontsize=TITLE_PT, fontweight="bold", gid="title")
+
+    # the labels may use the height of the axes and half a line on either side
+    room = int((top - bottom) // _LINE_PX) + 1
+    kept = sorted(range(len(ends)), key=lambda index: ends[index].rank)[:room]
+    aims = [bottom + (ends[i].y - y_low) / (y_high - y_low) * (top - bottom) for i in kept]
+    for index, aim, y in zip(kept, aims, spread(aims, _LINE_PX, bottom, top), strict=True):
+        end, start = ends[index], right + _PAD_PX
+        put(right + label_start, y, fitted[index][0], gid="end-label")
+        _add_line(
+            fig, (x_px(end.x), start), (aim, y), color=end.style["color"], linewidth=0.7, alpha=0.6
+        )
+        marker = {"markevery": [1]} if end.style.get("marker") else {}
+        swatch = (start, start + _SWATCH_PX / 2, start + _SWATCH_PX)
+        _add_line(fig, swatch, (y, y, y), **(end.style | marker))
+
+
+def _add_line(fig: Figure, xs: Sequence[float], ys: Sequence[float], **style: Any) -> None:
+    from matplotlib.lines import Line2D
+
+    width, height = fig.get_size_inches() * DPI
+    line = Line2D(
+        [x / width for x in xs], [y / height for y in ys], transform=fig.transFigure, **style
+    )
+    fig.add_artist(line)

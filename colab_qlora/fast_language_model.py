@@ -1,0 +1,133 @@
+"""`FastLanguageModel`: the face that tutorials know, over plain transformers and PEFT models."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+from colab_qlora.models.adapters import DEFAULT_TARGETS, attach_lora, set_gradient_checkpointing
+from colab_qlora.models.loading import load_model_and_tokenizer
+from colab_qlora.models.saved_adapter import is_adapter_folder, load_adapter_folder
+from colab_qlora.models.settings import settings_of
+
+
+class FastLanguageModel:
+    """Load, adapt and switch between training and inference. All methods are static."""
+
+    @staticmethod
+    def from_pretrained(
+        model_name: str | None = None,
+        max_seq_length: int = 2048,
+        dtype: Any = None,
+        load_in_4bit: bool = True,
+        load_in_8bit: bool = False,
+        *,
+        token: str | None = None,
+        device_map: Any = None,
+        rope_scaling: dict | None = None,
+        revision: str | None = None,
+        trust_remote_code: bool = False,
+        **kwargs: Any,
+    ) -> tuple[Any, Any]:
+        """Load a causal language model and its tokenizer.
+
+        Args:
+            model_name: a hub id, a model folder, an adapter folder (its base model is loaded too), or
+                "embedded" (SmolLM2-135M-Instruct, no network needed once converted). None chooses a
+                4-bit 8B instruct model on a GPU and "embedded" on a CPU.
+            max_seq_length: longest sequence in tokens; the trainer truncates to it.
+            dtype: compute dtype; None picks bfloat16 only where the hardware has it (a T4 gets
+                float16, a CPU without bfloat16 instructions float32).
+            load_in_4bit: NF4 with double quantisation (4.13 bits a weight) of every linear layer but
+                the output head. A checkpoint that is quantised already stays as it is.
+            load_in_8bit: LLM.int8 of bitsandbytes instead; needs load_in_4bit=False.
+            token: access token for a gated model; used for this call and stored nowhere.
+            device_map: as in transformers; None puts everything on the one GPU, or on the CPU.
+            rope_scaling: stretch the positions, e.g. {"rope_type": "linear", "factor": 2.0}.
+            revision: branch, tag or commit of the hub model.
+            trust_remote_code: run Python code that comes with the model; off unless asked for.
+            **kwargs: passed to transformers' from_pretrained.
+
+        Returns:
+            (model, tokenizer): a transformers model (or a PeftModel for an adapter folder), tokenizer.
+
+        Raises:
+            UserError: the model cannot be found, read, or used as asked; the message says what to do.
+
+        Example:
+            >>> model, tokenizer = FastLanguageModel.from_pretrained("embedded", max_seq_length=512)
+        """
+        options: dict[str, Any] = {
+            "token": token,
+            "device_map": device_map,
+            "rope_scaling": rope_scaling,
+            "trust_remote_code": trust_remote_code,
+            **kwargs,
+        }
+        load_args = (max_seq_length, dtype, load_in_4bit, load_in_8bit)
+        if model_name and is_adapter_folder(model_name):
+            return load_adapter_folder(model_name, *load_args, **options)
+        return load_model_and_tokenizer(model_name, *load_args, revision=revision, **options)
+
+    @staticmethod
+    def get_peft_model(
+        model: Any,
+        r: int = 16,
+        target_modules: Sequence[str] | str | None = DEFAULT_TARGETS,
+        lora_alpha: float = 16,
+        lora_dropout: float = 0.0,
+        bias: str = "none",
+        use_gradient_checkpointing: bool | str = "smart",
+        random_state: int = 3407,
+        **lora_options: Any,
+    ) -> Any:
+        """Attach LoRA adapters and return a plain `PeftModel`.
+
+        Args:
+            model: what `from_pretrained` gave.
+            r: rank; parameters and capacity grow in proportion to it.
+            target_modules: names of the linear layers to adapt, or PEFT's "all-linear".
+            lora_alpha: the adapter's output is scaled by lora_alpha / r.
+            lora_dropout: share of the adapter's input that is dropped in training, 0 to below 1.
+            bias: "none", "all" or "lora_only", as in PEFT.
+            use_gradient_checkpointing: False, True, or "smart" ("unsloth" is another name for it).
+            random_state: seed of the adapters' start; the global random state is left alone.
+            **lora_options: further fields of `peft.LoraConfig` (use_rslora, modules_to_save, ...).
+
+        Returns:
+            A `peft.PeftModel` in training mode, adapters in float32, everything else frozen.
+
+        Raises:
+            UserError: an unknown target module (the message lists those that exist) or option.
+        """
+        for ignored in ("max_seq_length",):
+            lora_options.pop(ignored, None)
+        if lora_options.get("loftq_config") is None:
+            lora_options.pop("loftq_config", None)
+        return attach_lora(
+            model,
+            r,
+            target_modules,
+            lora_alpha,
+            lora_dropout,
+            bias,
+            use_gradient_checkpointing,
+            random_state,
+            **lora_options,
+        )
+
+    @staticmethod
+    def for_inference(model: Any) -> Any:
+        """Switch to generating: evaluation mode, key-value cache on, no checkpointing. Returns `model`."""
+        model.gradient_checkpointing_disable()
+        model.config.use_cache = True
+        return model.eval()
+
+    @staticmethod
+    def for_training(model: Any) -> Any:
+        """Switch back to training, with the checkpointing that was chosen before. Returns `model`."""
+        settings = settings_of(model)
+        model.config.use_cache = False
+        if settings is not None and settings.use_gradient_checkpointing is not None:
+            set_gradient_checkpointing(model, settings.use_gradient_checkpointing)
+        return model.train()

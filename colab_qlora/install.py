@@ -1,0 +1,332 @@
+"""Installs what is missing and moves nothing else: the stage behind notebook 01_install.
+
+A hosted notebook comes with torch, its CUDA parts and a few hundred packages that fit each other. A
+plain `pip install trl` there replaces datasets; `-U` replaces more. So everything that is installed
+becomes a constraint, and pip may only add. The ladder, from the gentle end:
+
+1. all missing packages in one resolve, everything installed held;
+2. each alone, everything installed held;
+3. where the constraints leave no version: held is only torch, CUDA, numpy and the notebook itself;
+4. where the package index does not answer: from source by git.
+
+What moved is measured afterwards and reported, and so is whether the kernel must restart.
+"""
+
+from __future__ import annotations
+
+import importlib
+import importlib.metadata
+import re
+import sys
+import tempfile
+from collections.abc import Callable, Collection, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from colab_qlora.environment import bitsandbytes_cuda_versions, detect_platform
+from colab_qlora.errors import UserError
+from colab_qlora.pip_tools import (
+    SOURCES,
+    CommandResult,
+    Runner,
+    failure_kind,
+    failure_line,
+    pip_command,
+    run_command,
+    write_constraints,
+)
+from colab_qlora.problems import has_cuda_library
+from colab_qlora.requirements import (
+    REQUIREMENTS,
+    Requirement,
+    canonical_name,
+    installed_versions,
+    is_older,
+    missing_requirements,
+    torch_cuda_build,
+    torchao_minimum,
+)
+from colab_qlora.selftest import SelfTest, self_test
+
+__all__ = [
+    "REQUIREMENTS",
+    "SOURCES",
+    "CommandResult",
+    "InstallReport",
+    "Requirement",
+    "Runner",
+    "SelfTest",
+    "install_missing",
+    "missing_requirements",
+    "run_command",
+    "self_test",
+    "write_constraints",
+]
+
+
+@dataclass(frozen=True)
+class InstallReport:
+    """What an install did.
+
+    Attributes:
+        wanted: requirement strings that were missing or too old.
+        failed: package -> why pip could not install it.
+        changes: package -> (version before, version after); None is "not installed".
+        moved: packages among `changes` that were installed before and were not asked for.
+        torch_kept: torch has the version that it had.
+        restart_needed: a package that this process has imported changed on disk.
+        restart_because: those packages.
+        commands: what ran, or would run in a dry run.
+        dry_run: nothing was changed.
+        notes: what else the user should know, one line each.
+    """
+
+    wanted: tuple[str, ...] = ()
+    failed: Mapping[str, str] = field(default_factory=dict)
+    changes: Mapping[str, tuple[str | None, str | None]] = field(default_factory=dict)
+    moved: tuple[str, ...] = ()
+    torch_kept: bool = True
+    restart_needed: bool = False
+    restart_because: tuple[str, ...] = ()
+    commands: tuple[str, ...] = ()
+    dry_run: bool = False
+    notes: tuple[str, ...] = ()
+
+    @property
+    def ok(self) -> bool:
+        """Everything wanted is there and torch is what it was."""
+        return not self.failed and self.torch_kept
+
+    def lines(self) -> list[str]:
+        """The report as text, one finding a line."""
+        said = [f"not installed: {name}: {why}" for name, why in self.failed.items()]
+        for name, (before, after) in self.changes.items():
+            said.append(f"{name}: {before or 'absent'} -> {after or 'removed'}")
+        if self.moved:
+            said.append("moved although not asked for: " + ", ".join(self.moved))
+        if not self.torch_kept:
+            said.append("torch was replaced: reinstall the version named above")
+        said.extend(self.notes)
+        if self.restart_needed:
+            said.append("restart the kernel: already imported: " + ", ".join(self.restart_because))
+        if not said:
+            said.append("nothing to do" if not self.dry_run else "nothing would be installed")
+        return said
+
+    def __str__(self) -> str:
+        return "\n".join(self.lines())
+
+
+class _Session:
+    """One run of the ladder: where output goes, how commands run, which ones did."""
+
+    def __init__(self, run: Runner, on_line: Callable[[str], object], folder: Path) -> None:
+        self.run, self.on_line, self.folder = run, on_line, folder
+        self.commands: list[str] = []
+
+    def pip(self, *arguments: str, environ: Mapping[str, str] | None = None) -> CommandResult:
+        self.commands.append(shown(arguments))
+        self.on_line(f"  {self.commands[-1]}")
+        return self.run(pip_command(*arguments), environ)
+
+    def constraints(self, free: Collection[str], core_only: bool) -> list[str]:
+        name = "core.txt" if core_only else "constraints.txt"
+        path = write_constraints(self.folder / name, leave_free=free, core_only=core_only)
+        return ["-c", str(path)]
+
+
+def shown(arguments: Sequence[str]) -> str:
+    """A pip command as a user types it, requirement strings quoted."""
+    parts = [f'"{part}"' if re.search(r"[<>=@ ]", part) else part for part in arguments]
+    return " ".join(["pip", *parts])
+
+
+def install_missing(
+    dry_run: bool = False,
+    on_line: Callable[[str], object] = print,
+    *,
+    also: Sequence[str] = (),
+    remove_torchao: bool | None = None,
+    allow_torch: bool = False,
+    run: Runner = run_command,
+    versions: Callable[[], dict[str, str]] = installed_versions,
+    platform: str | None = None,
+    has_cuda_gpu: bool | None = None,
+    modules: Collection[str] | None = None,
+) -> InstallReport:
+    """Installs what is missing or too old, and nothing else.
+
+    Args:
+        dry_run: say what would run and change nothing.
+        on_line: takes each line of progress.
+        also: further packages by name or "name>=minimum", such as "gguf>=0.17".
+        remove_torchao: whether to remove a torchao that PEFT rejects. None: on Colab and Kaggle,
+            where it comes preinstalled and nobody asked for it.
+        allow_torch: install torch too where there is none. pip picks the build, on Linux one for
+            CUDA (about 3 GB).
+        run: runs a command; tests put a fake here.
+        versions: canonical name -> installed version; tests put a fake here.
+        platform: what `detect_platform` says; None asks it.
+        has_cuda_gpu: whether triton is needed; None asks the driver.
+        modules: names of imported modules; None takes sys.modules.
+
+    Returns:
+        What was done; `.ok` is False if something is still missing.
+
+    Raises:
+        UserError: there is no torch and `allow_torch` is False, or this Python has no pip.
+    """
+    platform = detect_platform() if platform is None else platform
+    before = versions()
+    if "torch" not in before and not allow_torch:
+        raise UserError(
+            "torch is not installed, and which build is right depends on the machine",
+            do=f'Install torch first: pip install "{REQUIREMENTS[0].specifier}"',
+        )
+    wanted = missing_requirements(before, has_cuda_gpu=has_cuda_gpu)
+    wanted += [name for name in also if _is_missing(name, before)]
+    with tempfile.TemporaryDirectory(prefix="colab_qlora_") as folder:
+        session = _Session(_no_run if dry_run else run, on_line, Path(folder))
+        on_line(f"missing: {', '.join(wanted) or 'nothing'}")
+        torchao = before.get("torchao")
+        if torchao is not None and is_older(torchao, torchao_minimum()):
+            if remove_torchao or (remove_torchao is None and platform in ("colab", "kaggle")):
+                session.pip("uninstall", "-y", "torchao")
+            else:
+                on_line(f"torchao {torchao} stays: removing it is not this kit's decision here")
+        failed = _climb(session, wanted) if wanted else {}
+    if dry_run:
+        return InstallReport(
+            wanted=tuple(wanted),
+            commands=tuple(session.commands),
+            dry_run=True,
+            notes=(*_after_notes(before), *(f"would run: {line}" for line in session.commands)),
+        )
+    # the interpreter caches folder listings, so it would not see what pip has just written
+    importlib.invalidate_caches()
+    after = versions()
+    still = missing_requirements(after, has_cuda_gpu=has_cuda_gpu)
+    still += [name for name in also if _is_missing(name, after)]
+    # a package can fail alone and still come in with another one, and pip can succeed to no effect
+    failed = {
+        _name(requirement): failed.get(_name(requirement), "pip succeeded, but it is out of range")
+        for requirement in still
+    }
+    changes = {
+        name: (before.get(name), after.get(name))
+        for name in sorted({*before, *after})
+        if before.get(name) != after.get(name)
+    }
+    asked = {canonical_name(_name(requirement)) for requirement in wanted} | {"torchao"}
+    because = _imported(
+        [name for name in changes if before.get(name)], sys.modules if modules is None else modules
+    )
+    return InstallReport(
+        wanted=tuple(wanted),
+        failed=failed,
+        changes=changes,
+        moved=tuple(name for name in changes if before.get(name) and name not in asked),
+        torch_kept=before.get("torch") in (None, after.get("torch")),
+        restart_needed=bool(because),
+        restart_because=because,
+        commands=tuple(session.commands),
+        notes=_after_notes(after),
+    )
+
+
+def _after_notes(versions: Mapping[str, str]) -> tuple[str, ...]:
+    """What pip cannot know: packages that are installed and will fail all the same."""
+    notes: list[str] = []
+    torchao = versions.get("torchao")
+    if torchao is not None and is_older(torchao, torchao_minimum()):
+        notes.append(f"torchao {torchao} makes PEFT fail; run: pip uninstall -y torchao")
+    version, cuda = versions.get("bitsandbytes"), torch_cuda_build()
+    if version is not None and cuda is not None:
+        libraries = bitsandbytes_cuda_versions()
+        if not has_cuda_library(cuda, libraries, version):
+            notes.append(
+                f"bitsandbytes {version} has no library for torch's CUDA {cuda}; "
+                "run: pip install -U bitsandbytes"
+            )
+    return tuple(notes)
+
+
+def _climb(session: _Session, wanted: Sequence[str]) -> dict[str, str]:
+    """Installs the wanted packages by the ladder; returns name -> reason for those that failed."""
+    free = [_name(requirement) for requirement in wanted]
+    held = session.constraints(free, core_only=False)
+    together = session.pip("install", *held, *wanted)
+    if together.returncode == 0:
+        return {}
+    if "No module named pip" in together.output:
+        raise UserError(
+            "this Python has no pip",
+            do="Run `python -m ensurepip --upgrade`, or install these with your own tool: "
+            + " ".join(f'"{requirement}"' for requirement in wanted),
+        )
+    failed: dict[str, str] = {}
+    for requirement in wanted:
+        if len(wanted) > 1:
+            session.on_line(
+                f"together: {failure_line(together.output)}; {_name(requirement)} alone:"
+            )
+            result = session.pip("install", *held, requirement)
+        else:
+            result = together
+        if result.returncode != 0 and failure_kind(result.output) == "conflict":
+            session.on_line(
+                "no version fits beside what is installed; holding only torch and the notebook:"
+            )
+            core = session.constraints(free, core_only=True)
+            result = session.pip("install", *core, requirement)
+        if result.returncode != 0 and failure_kind(result.output) == "index":
+            result = _from_source(session, requirement, held) or result
+        if result.returncode != 0:
+            failed[_name(requirement)] = failure_line(result.output)
+            session.on_line(f"failed: {_name(requirement)}: {failed[_name(requirement)]}")
+    return failed
+
+
+def _from_source(session: _Session, requirement: str, held: Sequence[str]) -> CommandResult | None:
+    url = SOURCES.get(canonical_name(_name(requirement)))
+    if url is None:
+        return None
+    session.on_line("the package index has no answer; from source by git:")
+    source = f"{_name(requirement)} @ {url}"
+    # bitsandbytes builds only its CPU library unless told otherwise
+    needs_cuda = "bitsandbytes" in source and torch_cuda_build() is not None
+    environ = {"CMAKE_ARGS": "-DCOMPUTE_BACKEND=cuda"} if needs_cuda else None
+    result = session.pip("install", *held, source, environ=environ)
+    if result.returncode != 0 and failure_kind(result.output) == "index":
+        # the build tools come from the index too; a hosted notebook has them, and the dependencies
+        result = session.pip(
+            "install", "--no-build-isolation", "--no-deps", source, environ=environ
+        )
+    return result
+
+
+def _no_run(command: Sequence[str], environ: Mapping[str, str] | None = None) -> CommandResult:
+    return CommandResult(0, "")
+
+
+def _name(requirement: str) -> str:
+    match = re.match(r"[A-Za-z0-9][\w.-]*", requirement)
+    return match[0] if match else requirement
+
+
+def _is_missing(requirement: str, versions: Mapping[str, str]) -> bool:
+    version = versions.get(canonical_name(_name(requirement)))
+    minimum = re.search(r">=\s*([\w.]+)", requirement)
+    return version is None or (minimum is not None and is_older(version, minimum[1]))
+
+
+def _imported(names: Sequence[str], modules: Collection[str]) -> tuple[str, ...]:
+    """Those of the packages whose module is in `modules`."""
+    if not names:
+        return ()
+    provides: dict[str, set[str]] = {name: {name.replace("-", "_")} for name in names}
+    for module, distributions in importlib.metadata.packages_distributions().items():
+        for distribution in distributions:
+            if canonical_name(distribution) in provides:
+                provides[canonical_name(distribution)].add(module)
+    return tuple(name for name in names if any(module in modules for module in provides[name]))

@@ -1,0 +1,162 @@
+"""Attach LoRA adapters (PEFT) to a loaded model and set its activation checkpointing.
+
+LoRA: y = W x + (alpha / r) B A x with A (r, in) and B (out, r) trained, W frozen
+(Hu et al. 2021, arXiv 2106.09685; over a 4-bit W: Dettmers et al. 2023, arXiv 2305.14314).
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Iterable, Sequence
+from typing import Any
+
+from colab_qlora.errors import UserError
+from colab_qlora.models.settings import ATTRIBUTE, CHECKPOINTING_MODES, ModelSettings, settings_of
+
+DEFAULT_TARGETS = (
+    "q_proj",
+    "k_proj",
+    "v_proj",
+    "o_proj",
+    "gate_proj",
+    "up_proj",
+    "down_proj",
+)
+
+
+def attach_lora(
+    model: Any,
+    r: int = 16,
+    target_modules: Sequence[str] | str | None = DEFAULT_TARGETS,
+    lora_alpha: float = 16,
+    lora_dropout: float = 0.0,
+    bias: str = "none",
+    use_gradient_checkpointing: bool | str = "smart",
+    random_state: int = 3407,
+    **lora_options: Any,
+) -> Any:
+    """Wrap `model` in a plain `PeftModel`; see `FastLanguageModel.get_peft_model` for the arguments."""
+    import torch
+    from peft import LoraConfig, PeftModel, get_peft_model
+
+    if isinstance(model, PeftModel):
+        raise UserError(
+            "the model has adapters already",
+            got=", ".join(model.peft_config),
+            do="Load the base model again, or go on training with this one",
+        )
+    if isinstance(r, bool) or not isinstance(r, int) or r < 1:
+        raise UserError("the rank r is not positive", got=repr(r), allowed="an integer from 1 up")
+    if not 0 <= lora_dropout < 1:
+        raise UserError(
+            "lora_dropout is not a share", got=lora_dropout, allowed="0 or more, below 1"
+        )
+    if bias not in {"none", "all", "lora_only"}:
+        raise UserError("bias is not understood", got=repr(bias), allowed="none, all, lora_only")
+    targets = _check_targets(model, target_modules)
+    unknown = set(lora_options) - set(inspect.signature(LoraConfig).parameters)
+    if unknown:
+        raise UserError(
+            "unknown LoRA option",
+            got=", ".join(sorted(unknown)),
+            allowed=", ".join(sorted(inspect.signature(LoraConfig).parameters)),
+        )
+    config = LoraConfig(
+        r=r,
+        lora_alpha=lora_alpha,
+        lora_dropout=lora_dropout,
+        bias=bias,
+        target_modules=targets,
+        task_type="CAUSAL_LM",
+        **lora_options,
+    )
+    for parameter in model.parameters():
+        parameter.requires_grad_(False)
+    # adapters start the same for the same random_state, and the caller's random stream stays where it was
+    with torch.random.fork_rng():
+        torch.manual_seed(random_state)
+        adapted = get_peft_model(model, config)
+    set_gradient_checkpointing(adapted, use_gradient_checkpointing)
+    return adapted
+
+
+def _check_targets(model: Any, wanted: Sequence[str] | str | None) -> list[str] | str:
+    if wanted is None:
+        return list(DEFAULT_TARGETS)
+    if isinstance(wanted, str):
+        # PEFT's own shorthand, or a regular expression, which PEFT reports on itself
+        return wanted
+    present = linear_names(model)
+    missing = [name for name in wanted if not _matches(name, present)]
+    if missing or not wanted:
+        short = sorted({name.rsplit(".", 1)[-1] for name in present})
+        raise UserError(
+            "unknown target module" if missing else "no target module",
+            got=", ".join(missing) or "an empty list",
+            allowed=", ".join(short),
+            do="Choose from these, or pass target_modules='all-linear'",
+        )
+    return list(wanted)
+
+
+def _matches(name: str, present: Iterable[str]) -> bool:
+    return any(full == name or full.endswith("." + name) for full in present)
+
+
+def linear_names(model: Any) -> list[str]:
+    """Full names of the linear layers that an adapter can be put on (the output head is left out)."""
+    import torch
+
+    head = model.get_output_embeddings()
+    return [
+        name
+        for name, module in model.named_modules()
+        if isinstance(module, torch.nn.Linear) and module is not head
+    ]
+
+
+def set_gradient_checkpointing(model: Any, mode: bool | str) -> None:
+    """Switch activation checkpointing: False keeps all activations, True recomputes whole layers.
+
+    "smart" (and "unsloth", another name for it) leaves the choice to the kit; today that is the same
+    as True.
+
+    Raises:
+        UserError: another value.
+    """
+    if isinstance(mode, str) and mode.lower() in {"true", "false"}:
+        mode = mode.lower() == "true"
+    if mode not in CHECKPOINTING_MODES:
+        raise UserError(
+            "use_gradient_checkpointing is not understood",
+            got=repr(mode),
+            allowed="False, True, 'smart' ('unsloth' is another name for it)",
+        )
+    mode = "smart" if mode == "unsloth" else mode
+    if mode is False:
+        model.gradient_checkpointing_disable()
+    else:
+        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+        # the embedding is frozen, so something must require a gradient where the first layer begins
+        model.enable_input_require_grads()
+    settings = settings_of(model)
+    if settings is None:
+        name = getattr(model.config, "_name_or_path", "") or type(model).__name__
+        positions = getattr(model.config, "max_position_embeddings", None) or 2048
+        dtype = str(getattr(model, "dtype", "float32")).removeprefix("torch.")
+        settings = ModelSettings(name, min(2048, positions), dtype)
+        setattr(model, ATTRIBUTE, settings)
+    settings.use_gradient_checkpointing = mode
+
+
+def count_parameters(model: Any) -> tuple[int, int]:
+    """Number of trainable and of all parameters; a 4-bit weight counts its unpacked numbers."""
+    trainable = total = 0
+    for parameter in model.parameters():
+        count = parameter.numel()
+        state = getattr(parameter, "quant_state", None)
+        if state is not None:
+            count = state.shape.numel()
+        total += count
+        trainable += count if parameter.requires_grad else 0
+    return trainable, total

@@ -1,0 +1,254 @@
+"""Load a causal language model and its tokenizer, in 4 bit (NF4 with double quantisation) by default.
+
+The result is a plain transformers model with bitsandbytes `Linear4bit` layers. Weights come from
+safetensors only: nothing that was downloaded is unpickled.
+"""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import Any
+
+from colab_qlora.environment import resolve_dtype
+from colab_qlora.errors import UserError
+from colab_qlora.models.embedded import EMBEDDED_NAME, FOLDER_NAME, embedded_model_path
+from colab_qlora.models.settings import ATTRIBUTE, ModelSettings
+
+# 4-bit already (5.7 GB to download), 8 billion parameters, and no token needed
+DEFAULT_GPU_MODEL = "unsloth/llama-3-8b-Instruct-bnb-4bit"
+
+
+def default_model_name() -> str:
+    """A 4-bit 8B instruct model where there is a CUDA GPU, the embedded 135M model elsewhere."""
+    import torch
+
+    return DEFAULT_GPU_MODEL if torch.cuda.is_available() else EMBEDDED_NAME
+
+
+def load_model_and_tokenizer(
+    model_name: str | None = None,
+    max_seq_length: int = 2048,
+    dtype: Any = None,
+    load_in_4bit: bool = True,
+    load_in_8bit: bool = False,
+    *,
+    token: str | None = None,
+    device_map: Any = None,
+    rope_scaling: dict | None = None,
+    revision: str | None = None,
+    trust_remote_code: bool = False,
+    **kwargs: Any,
+) -> tuple[Any, Any]:
+    """Load model and tokenizer; see `FastLanguageModel.from_pretrained` for the arguments."""
+    import torch
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    name = model_name or default_model_name()
+    _check_length(max_seq_length)
+    if load_in_8bit and load_in_4bit:
+        raise UserError(
+            "load_in_4bit and load_in_8bit are both set",
+            allowed="one of them",
+            do="Pass load_in_4bit=False with load_in_8bit=True",
+        )
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    compute_dtype, note = resolve_dtype(dtype, device)
+    source = _locate(name)
+    hub = {"token": token, "revision": revision, "trust_remote_code": trust_remote_code}
+    config = _load_config(source, name, hub)
+    _apply_rope_scaling(config, rope_scaling)
+    _check_positions(config, max_seq_length)
+
+    quantization = _quantization(config, compute_dtype, load_in_4bit, load_in_8bit)
+    # device 0, and not "auto": training with layers on two devices is not what anyone means here
+    placement = device_map if device_map is not None else {"": 0 if device == "cuda" else "cpu"}
+    with _readable_errors(name):
+        model = AutoModelForCausalLM.from_pretrained(
+            source,
+            config=config,
+            dtype=compute_dtype,
+            device_map=placement,
+            use_safetensors=True,
+            attn_implementation=kwargs.pop("attn_implementation", "sdpa"),
+            **({"quantization_config": quantization} if quantization is not None else {}),
+            **hub,
+            **kwargs,
+        )
+        tokenizer = AutoTokenizer.from_pretrained(source, **hub)
+    _prepare_tokenizer(tokenizer, model, max_seq_length)
+    settings = ModelSettings(name, max_seq_length, str(compute_dtype).removeprefix("torch."))
+    if note:
+        settings.notes.append(note)
+        print(f"colab_qlora: {note}")
+    setattr(model, ATTRIBUTE, settings)
+    model.max_seq_length = max_seq_length  # the name that tutorials read
+    return model, tokenizer
+
+
+def _check_length(max_seq_length: Any) -> None:
+    if isinstance(max_seq_length, bool) or not isinstance(max_seq_length, int) or max_seq_length < 1:
+        raise UserError(
+            "max_seq_length is not a number of tokens",
+            got=repr(max_seq_length),
+            allowed="an integer from 1 up",
+            do="Pass max_seq_length=2048, or less to save memory",
+        )
+
+
+def _locate(name: str) -> str:
+    """The embedded model's folder, a local folder that was checked, or a hub id as it is."""
+    path = Path(name).expanduser()
+    if name == EMBEDDED_NAME or (path.name == FOLDER_NAME and not path.exists()):
+        return str(embedded_model_path())
+    if path.is_dir():
+        if not (path / "config.json").is_file():
+            inside = ", ".join(sorted(entry.name for entry in path.iterdir())[:6]) or "nothing"
+            raise UserError(
+                f"{path} is not a model folder: it has no config.json",
+                got=f"a folder with {inside}",
+                allowed="a folder with config.json and *.safetensors, a hub id, or 'embedded'",
+                do="Give the folder that save_pretrained wrote",
+            )
+        weights = [entry.name for entry in path.iterdir() if entry.suffix in {".bin", ".pt", ".pth"}]
+        if not any(path.glob("*.safetensors")):
+            raise UserError(
+                f"{path} holds no safetensors weights",
+                got=", ".join(sorted(weights)) or "no weights at all",
+                allowed="*.safetensors (pickled weights can run code when they are loaded)",
+                do="Convert them where you trust them: model.save_pretrained(folder)",
+            )
+        return str(path)
+    if path.exists() or path.is_absolute() or name.count("/") > 1 or name.startswith("."):
+        what = "a file" if path.is_file() else "nothing at that path"
+        raise UserError(
+            f"{name} is not a model folder",
+            got=what,
+            allowed="a folder with config.json and *.safetensors, a hub id, or 'embedded'",
+            do="Check the path",
+        )
+    return name
+
+
+def _load_config(source: str, name: str, hub: dict[str, Any]) -> Any:
+    from transformers import AutoConfig
+
+    with _readable_errors(name):
+        return AutoConfig.from_pretrained(source, **hub)
+
+
+def _apply_rope_scaling(config: Any, rope_scaling: dict | None) -> None:
+    if not rope_scaling:
+        return
+    kind = rope_scaling.get("rope_type", rope_scaling.get("type"))
+    factor = float(rope_scaling.get("factor", 1.0))
+    if kind not in {"linear", "dynamic", "yarn"} or factor < 1:
+        raise UserError(
+            "rope_scaling is not understood",
+            got=rope_scaling,
+            allowed='{"rope_type": "linear", "dynamic" or "yarn", "factor": 1.0 or more}',
+        )
+    config.rope_parameters = {**(config.rope_parameters or {}), "rope_type": kind, "factor": factor}
+    if kind == "yarn":
+        config.rope_parameters["original_max_position_embeddings"] = config.max_position_embeddings
+    config.max_position_embeddings = int(config.max_position_embeddings * factor)
+
+
+def _check_positions(config: Any, max_seq_length: int) -> None:
+    positions = getattr(config, "max_position_embeddings", None)
+    if positions and max_seq_length > positions:
+        factor = -(-max_seq_length // positions)
+        raise UserError(
+            "max_seq_length is longer than the model's positions",
+            got=max_seq_length,
+            allowed=f"at most {positions} tokens",
+            do=f"Lower it, or stretch the positions: "
+            f'rope_scaling={{"rope_type": "linear", "factor": {factor}.0}}',
+        )
+
+
+def _quantization(config: Any, compute_dtype: Any, four_bit: bool, eight_bit: bool) -> Any:
+    """A BitsAndBytesConfig, or None where the checkpoint brings its own or none is wanted."""
+    from transformers import BitsAndBytesConfig
+
+    stored = getattr(config, "quantization_config", None)
+    if stored is not None:
+        # checkpoints are written with bfloat16 as compute dtype, which a T4 does not have
+        if isinstance(stored, dict):
+            if "bnb_4bit_compute_dtype" in stored or stored.get("load_in_4bit"):
+                stored["bnb_4bit_compute_dtype"] = str(compute_dtype).removeprefix("torch.")
+        elif hasattr(stored, "bnb_4bit_compute_dtype"):
+            stored.bnb_4bit_compute_dtype = compute_dtype
+        return None
+    if eight_bit:
+        return BitsAndBytesConfig(load_in_8bit=True)
+    if not four_bit:
+        return None
+    return BitsAndBytesConfig(
+        load_in_4bit=True,
+        bnb_4bit_quant_type="nf4",
+        bnb_4bit_use_double_quant=True,
+        bnb_4bit_compute_dtype=compute_dtype,
+    )
+
+
+def _prepare_tokenizer(tokenizer: Any, model: Any, max_seq_length: int) -> None:
+    tokenizer.padding_side = "right"
+    tokenizer.model_max_length = max_seq_length
+    if tokenizer.eos_token is None:
+        raise UserError(
+            "the tokenizer has no end-of-text token, so the model could not learn to stop",
+            do="Set tokenizer.eos_token in the model folder's tokenizer_config.json",
+        )
+    if tokenizer.pad_token is None:
+        # prefer a reserved token of the vocabulary: padding with EOS hides where texts end
+        vocabulary = tokenizer.get_vocab()
+        reserved = ("<|finetune_right_pad_id|>", "<|reserved_special_token_0|>", "<pad>", "<unk>")
+        choices = [t for t in (*reserved, tokenizer.unk_token) if t and t in vocabulary]
+        tokenizer.pad_token = choices[0] if choices else tokenizer.eos_token
+    model.config.pad_token_id = tokenizer.pad_token_id
+    if model.generation_config is not None:
+        model.generation_config.pad_token_id = tokenizer.pad_token_id
+
+
+class _readable_errors:
+    """Turn what transformers and the hub raise while loading into one line that says what to do."""
+
+    def __init__(self, name: str) -> None:
+        self.name = name
+
+    def __enter__(self) -> None:
+        return None
+
+    def __exit__(self, kind: Any, error: BaseException | None, trace: Any) -> bool:
+        if not isinstance(error, (OSError, ValueError)) or isinstance(error, UserError):
+            return False
+        text = str(error)
+        reason = next((line.strip() for line in text.splitlines() if line.strip()), kind.__name__)
+        if getattr(error, "errno", None) == 28:
+            raise UserError(
+                "the disk is full while the model is fetched",
+                got=reason,
+                do=f"Free some space below {os.environ.get('HF_HOME', '~/.cache/huggingface')}, "
+                "or set HF_HOME to a larger disk",
+            ) from error
+        if "gated" in text or "401" in text or "403" in text:
+            raise UserError(
+                f"{self.name} cannot be read without permission",
+                got=reason,
+                do="Accept its terms on the model's page and pass token=..., or choose an open model",
+            ) from error
+        if isinstance(error, OSError):
+            raise UserError(
+                f"{self.name} could not be loaded",
+                got=reason,
+                allowed="a hub id, a model folder, or 'embedded'",
+                do="Check the spelling and the network, or use model_name='embedded'",
+            ) from error
+        if "trust_remote_code" in text:
+            raise UserError(
+                f"{self.name} brings its own Python code, which is not run unless you ask for it",
+                got="trust_remote_code=False",
+                do="Read that code, then pass trust_remote_code=True",
+            ) from error
+        return False

@@ -1,0 +1,48 @@
+"""Load a PEFT adapter folder together with the base model that it was trained on."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+from colab_qlora.errors import UserError
+from colab_qlora.models.loading import load_model_and_tokenizer
+
+
+def is_adapter_folder(name: str) -> bool:
+    """Whether `name` is a local folder that PEFT's save_pretrained wrote."""
+    return (Path(name).expanduser() / "adapter_config.json").is_file()
+
+
+def load_adapter_folder(name: str, *load_args: Any, **options: Any) -> tuple[Any, Any]:
+    """Load the adapter's base model, then the adapter, trainable.
+
+    Returns:
+        (model, tokenizer): a `PeftModel` and the tokenizer saved beside the adapter, else the base's.
+
+    Raises:
+        UserError: the adapter's weights are missing or its base model cannot be loaded.
+    """
+    from peft import PeftModel
+    from transformers import AutoTokenizer
+
+    folder = Path(name).expanduser()
+    if not (folder / "adapter_model.safetensors").is_file():
+        raise UserError(
+            f"{folder} has no adapter weights",
+            got=", ".join(sorted(entry.name for entry in folder.iterdir())),
+            allowed="adapter_config.json with adapter_model.safetensors",
+            do="Give the folder that save_pretrained wrote, or a checkpoint of the trainer",
+        )
+    config = json.loads((folder / "adapter_config.json").read_text(encoding="utf-8"))
+    base = config.get("base_model_name_or_path")
+    if not base:
+        raise UserError(f"{folder}/adapter_config.json names no base model", got=repr(base))
+    model, tokenizer = load_model_and_tokenizer(base, *load_args, **options)
+    model = PeftModel.from_pretrained(model, str(folder), is_trainable=True)
+    if (folder / "tokenizer_config.json").is_file():
+        length = tokenizer.model_max_length
+        tokenizer = AutoTokenizer.from_pretrained(str(folder))
+        tokenizer.model_max_length = length
+    return model, tokenizer

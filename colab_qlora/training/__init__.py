@@ -1,0 +1,1 @@
+"""The trainer (a thin subclass of TRL's), its arguments, callbacks and resuming."""

@@ -1,0 +1,95 @@
+"""Look at the training rows before the first step: are there any, do they carry labels, are they cut?"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+from datasets import Dataset, IterableDataset
+
+from colab_qlora.data.audit import audit_lengths, check_labels
+from colab_qlora.errors import UserError
+
+# columns that hold text to be tokenised; a dataset with none of them is TRL's to judge
+_TEXT_COLUMNS = ("prompt", "completion", "messages")
+
+
+def as_dataset(rows: Any, name: str) -> Any:
+    """A datasets object from what the user passed; lists of dicts are taken too.
+
+    Raises:
+        UserError: nothing was passed, it has no rows, or it is of another type.
+    """
+    if isinstance(rows, (list, tuple)) and rows and all(isinstance(row, dict) for row in rows):
+        return Dataset.from_list(list(rows))
+    if isinstance(rows, dict) and rows and name == "eval_dataset":
+        return {key: as_dataset(value, name) for key, value in rows.items()}
+    if isinstance(rows, IterableDataset):
+        return rows
+    if isinstance(rows, Dataset):
+        if len(rows):
+            return rows
+        raise UserError(f"{name} has no rows", got="0 rows", allowed="1 or more")
+    raise UserError(
+        f"{name} is not a dataset",
+        got=type(rows).__name__,
+        allowed="a datasets.Dataset with rows, or a list of dicts",
+        do="Load one: datasets.load_dataset('json', data_files=..., split='train')",
+    )
+
+
+def check_dataset(
+    dataset: Any, name: str, tokenizer: Any, args: Any, formatting: Callable[[dict], str] | None
+) -> str | None:
+    """Refuse rows without labels; report rows that are longer than max_length.
+
+    Args:
+        dataset: a datasets.Dataset; other kinds are left to TRL.
+        name: "train" or "eval", for messages.
+        tokenizer: the tokenizer, or None (then nothing is checked).
+        args: the SFTConfig, for max_length, dataset_text_field, packing and completion_only_loss.
+        formatting: the trainer's formatting_func, or None.
+
+    Returns:
+        One line if rows will be cut, else None.
+
+    Raises:
+        UserError: a column is missing, or rows have no label left after truncation.
+    """
+    if not isinstance(dataset, Dataset) or tokenizer is None or args.max_length is None:
+        return None
+    if args.packing or args.dataset_kwargs or "input_ids" in dataset.column_names:
+        return None
+    examples = _examples(dataset, name, args.dataset_text_field, formatting)
+    if examples is None:
+        return None
+    report = audit_lengths(examples, tokenizer, args.max_length)
+    check_labels(report)
+    if not report.rows_truncated:
+        return None
+    return (
+        f"{report.rows_truncated} of {report.rows} {name} rows ({report.share_truncated:.0%}) are longer "
+        f"than {args.max_length} tokens and lose their end (the longest has {report.tokens_max})"
+    )
+
+
+def _examples(
+    dataset: Any, name: str, text_field: str, formatting: Callable[[dict], str] | None
+) -> list[dict[str, Any]] | None:
+    columns = dataset.column_names
+    if formatting is not None:
+        first = formatting(dataset[0])
+        return [{"text": formatting(row)} for row in dataset] if isinstance(first, str) else None
+    if text_field in columns:
+        return [{"text": text} for text in dataset[text_field]]
+    found = [column for column in _TEXT_COLUMNS if column in columns]
+    if "messages" in found or {"prompt", "completion"} <= set(found):
+        return dataset.select_columns(found).to_list()
+    if "conversations" in columns:
+        return None
+    raise UserError(
+        f"the {name} dataset has no column to train on",
+        got=", ".join(columns),
+        allowed=f"{text_field!r}, 'messages', or 'prompt' and 'completion'",
+        do="Format the rows first, or name the column with dataset_text_field",
+    )
