@@ -1,7 +1,9 @@
 """colab_qlora: fine-tune language models with QLoRA on one small GPU, in notebooks that show how.
 
-Importing this package loads nothing heavy, touches no GPU and no network, prints nothing and changes
-no attribute of any other library: every public name is fetched from its module on first use (PEP 562).
+Importing this package loads nothing heavy, touches no GPU and no network, prints nothing and
+changes
+no attribute of any other library: every public name is fetched from its module on first use (PEP
+    562).
 """
 
 from __future__ import annotations

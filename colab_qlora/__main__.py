@@ -63,9 +63,7 @@ def _install(options: argparse.Namespace) -> int:
     replaced = [name for name, (before, _) in done.changes.items() if before is not None]
     if replaced:
         # this process cannot see what a notebook that started it has imported
-        print(
-            f"in a notebook that has imported one of these, restart the kernel: {', '.join(replaced)}"
-        )
+        print(f"restart the kernel of a notebook that has imported one of: {', '.join(replaced)}")
     if not done.ok:
         return 1
     if options.self_test and not options.dry_run:

@@ -63,8 +63,8 @@ def resolve_dtype(
     """The dtype to use for what the user asked for, and one line of explanation if it is another.
 
     Args:
-        dtype: None or "auto" for the machine's own, a name ("bf16", "torch.float16", "float32"), or a
-            torch.dtype.
+        dtype: None or "auto" for the machine's own, a name ("bf16", "torch.float16", "float32"),
+            or a torch.dtype.
         device_type: "cuda" or "cpu"; "cuda:0" is taken too.
         torch_module: stands in for torch in tests; None imports torch.
 

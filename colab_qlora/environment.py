@@ -72,7 +72,7 @@ class Environment:
         has_native_bf16: of the GPU where there is one, else of the CPU.
         has_triton_matmul: compute capability 8.0 or later. Below, Triton since 3.3 makes no
             tensor-core code, so matrix products go to cuBLAS there.
-        bitsandbytes_cuda: CUDA versions of the libraries that bitsandbytes ships, such as ("126", "128").
+        bitsandbytes_cuda: CUDA versions of the libraries that bitsandbytes ships: ("126", "128").
         versions: package -> version, or None where it is not installed.
     """
 
@@ -146,12 +146,14 @@ def inspect_environment(
     versions = {name: installed_version(name) for name in REPORTED}
     versions["colab_qlora"] = own_version()
     facts: dict[str, Any] = {"torch_version": versions["torch"]}
-    torch, facts["torch_error"] = (torch_module, None)
+    torch, facts["torch_error"] = torch_module, None
     if torch is None:
         torch, facts["torch_error"] = _try_torch()
         facts["cuda_build"] = torch_cuda_build()
     if torch is not None:
         facts.update(_torch_facts(torch))
+        # of two installed copies the imported one counts
+        versions["torch"] = facts["torch_version"]
     if not facts.get("gpu_count"):
         facts["driver_gpus"] = driver_gpu_names()
     return Environment(
@@ -179,7 +181,7 @@ def own_version() -> str | None:
 
 
 def bitsandbytes_cuda_versions() -> tuple[str, ...]:
-    """CUDA versions that the installed bitsandbytes ships a library for, such as ("126", "128", "130").
+    """CUDA versions that the installed bitsandbytes ships a library for: ("126", "128", "130").
 
     Read from the file names in its folder: importing bitsandbytes imports torch and starts CUDA.
     """
@@ -219,12 +221,14 @@ def _try_torch() -> tuple[Any, str | None]:
     try:
         import torch
     except ModuleNotFoundError as error:
-        # without torch at all the error says nothing new; without one of its needs it does
-        return None, None if error.name == "torch" else _one_line(error)
-    except (
-        Exception
-    ) as error:  # a broken torch raises OSError, ImportError, RuntimeError, AttributeError
+        # no torch at all is no error of torch's; metadata without the package is
+        absent = error.name == "torch" and installed_version("torch") is None
+        return None, None if absent else _one_line(error)
+    except Exception as error:  # a broken torch raises OSError, RuntimeError, AttributeError, ...
         return None, _one_line(error)
+    if not hasattr(torch, "__version__"):
+        # any folder with this name imports as an empty package
+        return None, f"only a folder of that name was found: {list(torch.__path__)}"
     return torch, None
 
 
@@ -241,9 +245,7 @@ def _torch_facts(torch: Any) -> dict[str, Any]:
                 facts.update(_gpu_facts(torch))
             elif facts["cuda_build"]:
                 torch.cuda.init()
-        except (
-            Exception
-        ) as error:  # CUDA reports its trouble as RuntimeError, AssertionError, OSError
+        except Exception as error:  # CUDA's trouble is RuntimeError, AssertionError, OSError
             facts["cuda_error"] = _one_line(error)
     try:
         facts["compute_dtype"] = str(pick_compute_dtype(torch)).removeprefix("torch.")

@@ -17,9 +17,10 @@ class UserError(ValueError):
         do: the next step, as an imperative sentence without a full stop.
 
     Example:
-        >>> raise UserError("rank is not positive", got=0, allowed="an integer from 1 up", do="Pass r=16")
+        >>> raise UserError("r is not positive", got=0, allowed="1 or more", do="Pass r=16")
         Traceback (most recent call last):
-        colab_qlora.errors.UserError: rank is not positive: got 0; allowed: an integer from 1 up. Pass r=16.
+        colab_qlora.errors.UserError: rank is not positive: got 0; allowed: an integer from 1 up.
+        Pass r=16.
     """
 
     def __init__(

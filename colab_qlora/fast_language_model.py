@@ -5,7 +5,12 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-from colab_qlora.models.adapters import DEFAULT_TARGETS, attach_lora, set_gradient_checkpointing
+from colab_qlora.models.adapters import (
+    DEFAULT_TARGETS,
+    attach_lora,
+    disable_checkpointing,
+    set_gradient_checkpointing,
+)
 from colab_qlora.models.loading import load_model_and_tokenizer
 from colab_qlora.models.saved_adapter import is_adapter_folder, load_adapter_folder
 from colab_qlora.models.settings import settings_of
@@ -32,14 +37,14 @@ class FastLanguageModel:
         """Load a causal language model and its tokenizer.
 
         Args:
-            model_name: a hub id, a model folder, an adapter folder (its base model is loaded too), or
-                "embedded" (SmolLM2-135M-Instruct, no network needed once converted). None chooses a
-                4-bit 8B instruct model on a GPU and "embedded" on a CPU.
+            model_name: a hub id, a model folder, an adapter folder (its base model is loaded too),
+                or "embedded" (SmolLM2-135M-Instruct, no network needed once converted). None
+                chooses a 4-bit 8B instruct model on a GPU and "embedded" on a CPU.
             max_seq_length: longest sequence in tokens; the trainer truncates to it.
             dtype: compute dtype; None picks bfloat16 only where the hardware has it (a T4 gets
                 float16, a CPU without bfloat16 instructions float32).
-            load_in_4bit: NF4 with double quantisation (4.13 bits a weight) of every linear layer but
-                the output head. A checkpoint that is quantised already stays as it is.
+            load_in_4bit: NF4 with double quantisation (4.13 bits a weight) of every linear layer
+                but the output head. A checkpoint that is quantised already stays as it is.
             load_in_8bit: LLM.int8 of bitsandbytes instead; needs load_in_4bit=False.
             token: access token for a gated model; used for this call and stored nowhere.
             device_map: as in transformers; None puts everything on the one GPU, or on the CPU.
@@ -49,10 +54,12 @@ class FastLanguageModel:
             **kwargs: passed to transformers' from_pretrained.
 
         Returns:
-            (model, tokenizer): a transformers model (or a PeftModel for an adapter folder), tokenizer.
+            (model, tokenizer): a transformers model (or a PeftModel for an adapter folder),
+            tokenizer.
 
         Raises:
-            UserError: the model cannot be found, read, or used as asked; the message says what to do.
+            UserError: the model cannot be found, read, or used as asked; the message says what to
+                do.
 
         Example:
             >>> model, tokenizer = FastLanguageModel.from_pretrained("embedded", max_seq_length=512)
@@ -118,14 +125,14 @@ class FastLanguageModel:
 
     @staticmethod
     def for_inference(model: Any) -> Any:
-        """Switch to generating: evaluation mode, key-value cache on, no checkpointing. Returns `model`."""
-        model.gradient_checkpointing_disable()
+        """Switch to generating: evaluation mode, key-value cache, no checkpointing."""
+        disable_checkpointing(model)
         model.config.use_cache = True
         return model.eval()
 
     @staticmethod
     def for_training(model: Any) -> Any:
-        """Switch back to training, with the checkpointing that was chosen before. Returns `model`."""
+        """Switch back to training, with the checkpointing that was chosen before."""
         settings = settings_of(model)
         model.config.use_cache = False
         if settings is not None and settings.use_gradient_checkpointing is not None:

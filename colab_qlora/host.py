@@ -42,8 +42,7 @@ def host_memory_gib(root: str | Path = "/") -> tuple[float | None, float | None]
     if total is None:
         return None, None
     for limit, used in _cgroup_limits(Path(root)):
-        # cgroup v1 writes about 2**63 for "no limit"; a limit above the machine's memory says
-        # nothing
+        # cgroup v1 writes about 2**63 for "no limit", hence the comparison with the machine's own
         if limit < total:
             total = limit
         if limit - used < (free if free is not None else total):
@@ -88,8 +87,7 @@ def _cgroup_limits(root: Path) -> list[tuple[int, int]]:
             names = ("memory.limit_in_bytes", "memory.usage_in_bytes", "total_inactive_file")
         else:
             continue
-        # inside a container the path can be the host's and absent here; the mount's root then
-        # counts
+        # in a container the path can be the host's, absent here: then the mount's root counts
         parts = [part for part in group.split("/") if part not in ("", "..")]
         for depth in range(len(parts) + 1):
             folder = base.joinpath(*parts[:depth])

@@ -20,11 +20,11 @@ import re
 import sys
 import tempfile
 from collections.abc import Callable, Collection, Mapping, Sequence
-from dataclasses import dataclass, field
 from pathlib import Path
 
-from colab_qlora.environment import bitsandbytes_cuda_versions, detect_platform
+from colab_qlora.environment import detect_platform
 from colab_qlora.errors import UserError
+from colab_qlora.install_report import InstallReport, remaining_problems
 from colab_qlora.pip_tools import (
     SOURCES,
     CommandResult,
@@ -35,7 +35,6 @@ from colab_qlora.pip_tools import (
     run_command,
     write_constraints,
 )
-from colab_qlora.problems import has_cuda_library
 from colab_qlora.requirements import (
     REQUIREMENTS,
     Requirement,
@@ -64,59 +63,6 @@ __all__ = [
 ]
 
 
-@dataclass(frozen=True)
-class InstallReport:
-    """What an install did.
-
-    Attributes:
-        wanted: requirement strings that were missing or too old.
-        failed: package -> why pip could not install it.
-        changes: package -> (version before, version after); None is "not installed".
-        moved: packages among `changes` that were installed before and were not asked for.
-        torch_kept: torch has the version that it had.
-        restart_needed: a package that this process has imported changed on disk.
-        restart_because: those packages.
-        commands: what ran, or would run in a dry run.
-        dry_run: nothing was changed.
-        notes: what else the user should know, one line each.
-    """
-
-    wanted: tuple[str, ...] = ()
-    failed: Mapping[str, str] = field(default_factory=dict)
-    changes: Mapping[str, tuple[str | None, str | None]] = field(default_factory=dict)
-    moved: tuple[str, ...] = ()
-    torch_kept: bool = True
-    restart_needed: bool = False
-    restart_because: tuple[str, ...] = ()
-    commands: tuple[str, ...] = ()
-    dry_run: bool = False
-    notes: tuple[str, ...] = ()
-
-    @property
-    def ok(self) -> bool:
-        """Everything wanted is there and torch is what it was."""
-        return not self.failed and self.torch_kept
-
-    def lines(self) -> list[str]:
-        """The report as text, one finding a line."""
-        said = [f"not installed: {name}: {why}" for name, why in self.failed.items()]
-        for name, (before, after) in self.changes.items():
-            said.append(f"{name}: {before or 'absent'} -> {after or 'removed'}")
-        if self.moved:
-            said.append("moved although not asked for: " + ", ".join(self.moved))
-        if not self.torch_kept:
-            said.append("torch was replaced: reinstall the version named above")
-        said.extend(self.notes)
-        if self.restart_needed:
-            said.append("restart the kernel: already imported: " + ", ".join(self.restart_because))
-        if not said:
-            said.append("nothing to do" if not self.dry_run else "nothing would be installed")
-        return said
-
-    def __str__(self) -> str:
-        return "\n".join(self.lines())
-
-
 class _Session:
     """One run of the ladder: where output goes, how commands run, which ones did."""
 
@@ -129,7 +75,9 @@ class _Session:
         self.on_line(f"  {self.commands[-1]}")
         return self.run(pip_command(*arguments), environ)
 
-    def constraints(self, free: Collection[str], core_only: bool) -> list[str]:
+    def constraints(self, free: Collection[str], core_only: bool = False) -> list[str]:
+        # without this, metadata that pip has just written can stay unseen
+        importlib.invalidate_caches()
         name = "core.txt" if core_only else "constraints.txt"
         path = write_constraints(self.folder / name, leave_free=free, core_only=core_only)
         return ["-c", str(path)]
@@ -162,8 +110,8 @@ def install_missing(
         also: further packages by name or "name>=minimum", such as "gguf>=0.17".
         remove_torchao: whether to remove a torchao that PEFT rejects. None: on Colab and Kaggle,
             where it comes preinstalled and nobody asked for it.
-        allow_torch: install torch too where there is none. pip picks the build, on Linux one for
-            CUDA (about 3 GB).
+        allow_torch: install torch too where there is none. pip picks the build; on Linux that is
+            one for CUDA, several GB with its libraries.
         run: runs a command; tests put a fake here.
         versions: canonical name -> installed version; tests put a fake here.
         platform: what `detect_platform` says; None asks it.
@@ -200,7 +148,10 @@ def install_missing(
             wanted=tuple(wanted),
             commands=tuple(session.commands),
             dry_run=True,
-            notes=(*_after_notes(before), *(f"would run: {line}" for line in session.commands)),
+            notes=(
+                *remaining_problems(before),
+                *(f"would run: {line}" for line in session.commands),
+            ),
         )
     # the interpreter caches folder listings, so it would not see what pip has just written
     importlib.invalidate_caches()
@@ -230,32 +181,14 @@ def install_missing(
         restart_needed=bool(because),
         restart_because=because,
         commands=tuple(session.commands),
-        notes=_after_notes(after),
+        notes=remaining_problems(after),
     )
-
-
-def _after_notes(versions: Mapping[str, str]) -> tuple[str, ...]:
-    """What pip cannot know: packages that are installed and will fail all the same."""
-    notes: list[str] = []
-    torchao = versions.get("torchao")
-    if torchao is not None and is_older(torchao, torchao_minimum()):
-        notes.append(f"torchao {torchao} makes PEFT fail; run: pip uninstall -y torchao")
-    version, cuda = versions.get("bitsandbytes"), torch_cuda_build()
-    if version is not None and cuda is not None:
-        libraries = bitsandbytes_cuda_versions()
-        if not has_cuda_library(cuda, libraries, version):
-            notes.append(
-                f"bitsandbytes {version} has no library for torch's CUDA {cuda}; "
-                "run: pip install -U bitsandbytes"
-            )
-    return tuple(notes)
 
 
 def _climb(session: _Session, wanted: Sequence[str]) -> dict[str, str]:
     """Installs the wanted packages by the ladder; returns name -> reason for those that failed."""
-    free = [_name(requirement) for requirement in wanted]
-    held = session.constraints(free, core_only=False)
-    together = session.pip("install", *held, *wanted)
+    open_names = [_name(requirement) for requirement in wanted]
+    together = session.pip("install", *session.constraints(open_names), *wanted)
     if together.returncode == 0:
         return {}
     if "No module named pip" in together.output:
@@ -264,40 +197,56 @@ def _climb(session: _Session, wanted: Sequence[str]) -> dict[str, str]:
             do="Run `python -m ensurepip --upgrade`, or install these with your own tool: "
             + " ".join(f'"{requirement}"' for requirement in wanted),
         )
+    session.on_line(f"failed: {failure_line(together.output)}")
+    if len(wanted) > 1:
+        session.on_line("now each package alone:")
     failed: dict[str, str] = {}
     for requirement in wanted:
-        if len(wanted) > 1:
-            session.on_line(
-                f"together: {failure_line(together.output)}; {_name(requirement)} alone:"
-            )
-            result = session.pip("install", *held, requirement)
+        # one package alone has been tried already
+        result = together if len(wanted) == 1 else None
+        reason = _install_one(session, requirement, open_names, result)
+        if reason is None:
+            # held from now on at the version that it got
+            open_names.remove(_name(requirement))
         else:
-            result = together
-        if result.returncode != 0 and failure_kind(result.output) == "conflict":
-            session.on_line(
-                "no version fits beside what is installed; holding only torch and the notebook:"
-            )
-            core = session.constraints(free, core_only=True)
-            result = session.pip("install", *core, requirement)
-        if result.returncode != 0 and failure_kind(result.output) == "index":
-            result = _from_source(session, requirement, held) or result
-        if result.returncode != 0:
-            failed[_name(requirement)] = failure_line(result.output)
-            session.on_line(f"failed: {_name(requirement)}: {failed[_name(requirement)]}")
+            failed[_name(requirement)] = reason
+            session.on_line(f"failed: {_name(requirement)}: {reason}")
     return failed
 
 
-def _from_source(session: _Session, requirement: str, held: Sequence[str]) -> CommandResult | None:
-    url = SOURCES.get(canonical_name(_name(requirement)))
-    if url is None:
+def _install_one(
+    session: _Session, requirement: str, open_names: Sequence[str], result: CommandResult | None
+) -> str | None:
+    """Steps 2 to 4 of the ladder for one package; returns why it failed, or None."""
+    # constraints are written anew for each step: an earlier one may have moved what they hold
+    limits = session.constraints(open_names)
+    if result is None:
+        result = session.pip("install", *limits, requirement)
+    if result.returncode != 0 and failure_kind(result.output) == "conflict":
+        session.on_line(f"no version fits beside what is installed: {failure_line(result.output)}")
+        session.on_line("now holding only torch, CUDA, numpy and the notebook:")
+        limits = session.constraints(open_names, core_only=True)
+        result = session.pip("install", *limits, requirement)
+    if result.returncode == 0:
         return None
-    session.on_line("the package index has no answer; from source by git:")
-    source = f"{_name(requirement)} @ {url}"
-    # bitsandbytes builds only its CPU library unless told otherwise
-    needs_cuda = "bitsandbytes" in source and torch_cuda_build() is not None
+    reason = failure_line(result.output)
+    if failure_kind(result.output) == "index" and canonical_name(_name(requirement)) in SOURCES:
+        session.on_line(f"the package index has no answer ({reason}); from source by git:")
+        result = _from_source(session, requirement, limits)
+        if result.returncode == 0:
+            return None
+        reason += f"; from source: {failure_line(result.output)}"
+    return reason
+
+
+def _from_source(session: _Session, requirement: str, limits: Sequence[str]) -> CommandResult:
+    source = f"{_name(requirement)} @ {SOURCES[canonical_name(_name(requirement))]}"
+    # a source build of bitsandbytes makes only its CPU library unless told otherwise
+    needs_cuda = source.startswith("bitsandbytes") and torch_cuda_build() is not None
     environ = {"CMAKE_ARGS": "-DCOMPUTE_BACKEND=cuda"} if needs_cuda else None
-    result = session.pip("install", *held, source, environ=environ)
-    if result.returncode != 0 and failure_kind(result.output) == "index":
+    result = session.pip("install", *limits, source, environ=environ)
+    no_clone = "fatal:" in result.output
+    if result.returncode != 0 and failure_kind(result.output) == "index" and not no_clone:
         # the build tools come from the index too; a hosted notebook has them, and the dependencies
         result = session.pip(
             "install", "--no-build-isolation", "--no-deps", source, environ=environ
@@ -325,8 +274,12 @@ def _imported(names: Sequence[str], modules: Collection[str]) -> tuple[str, ...]
     if not names:
         return ()
     provides: dict[str, set[str]] = {name: {name.replace("-", "_")} for name in names}
-    for module, distributions in importlib.metadata.packages_distributions().items():
-        for distribution in distributions:
+    try:
+        modules_of = importlib.metadata.packages_distributions()
+    except Exception:  # one package with broken metadata: the names alone must do
+        modules_of = {}
+    for module, distributions in modules_of.items():
+        for distribution in filter(None, distributions):
             if canonical_name(distribution) in provides:
                 provides[canonical_name(distribution)].add(module)
     return tuple(name for name in names if any(module in modules for module in provides[name]))

@@ -1,4 +1,4 @@
-"""Running pip without moving what is installed: constraints, git sources, and what a failure means."""
+"""Running pip without moving what is installed: constraints, sources, what a failure means."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import os
 import re
 import subprocess
 import sys
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal, Protocol
@@ -94,7 +94,8 @@ def pip_command(*arguments: str) -> list[str]:
 def failure_kind(output: str) -> Literal["conflict", "index", "other"]:
     """What pip's output says about why it failed.
 
-    "conflict": the constraints leave no version; "index": the package index has none or does not answer.
+    "conflict": the constraints leave no version; "index": the package index has none or does not
+    answer.
     """
     # a conflict comes first: pip ends it with "No matching distribution found" too
     if _CONFLICT.search(output):
@@ -103,11 +104,15 @@ def failure_kind(output: str) -> Literal["conflict", "index", "other"]:
 
 
 def failure_line(output: str) -> str:
-    """The one line of pip's output that names the cause."""
+    """The cause that pip's output names, in one line of at most 300 characters."""
     lines = [line.strip() for line in output.splitlines() if line.strip()]
-    errors = [line for line in lines if line.upper().startswith("ERROR")]
-    line = (errors or lines or ["no output"])[-1]
-    return re.sub(r"^ERROR:\s*", "", line)[:300]
+    if "The conflict is caused by:" in lines:
+        # pip lists every version that it tried; the first line and the constraint tell the story
+        cause = lines[lines.index("The conflict is caused by:") + 1 :]
+        held = [line for line in cause if line.startswith("The user requested")]
+        return "; ".join([*cause[:1], *held[-1:]])[:300]
+    errors = [line for line in lines if re.match(r"ERROR:|fatal:", line)]
+    return re.sub(r"^ERROR:\s*", "", (errors or lines or ["no output"])[-1])[:300]
 
 
 def write_constraints(
@@ -115,7 +120,7 @@ def write_constraints(
     *,
     leave_free: Collection[str] = (),
     core_only: bool = False,
-    distributions: Callable[[], object] | None = None,
+    distributions: Callable[[], Iterable[importlib.metadata.Distribution]] | None = None,
 ) -> Path:
     """Writes `name==version` for everything installed, so that pip cannot move it.
 
@@ -134,7 +139,7 @@ def write_constraints(
     """
     free = {canonical_name(name) for name in leave_free}
     pins: dict[str, str] = {}
-    for distribution in (distributions or importlib.metadata.distributions)():  # type: ignore[attr-defined]
+    for distribution in (distributions or importlib.metadata.distributions)():
         try:
             name, version = distribution.metadata["Name"], distribution.version
             from_url = distribution.read_text("direct_url.json") is not None

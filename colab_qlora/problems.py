@@ -1,7 +1,8 @@
 """What is wrong with this machine, and for each finding the one command that mends it.
 
-Severities: "error" - the kit cannot train; "warning" - it can, but something will bite; "info" - nothing is
-wrong, but it explains what the kit does here. Pure: the same `Environment` gives the same list.
+Severities: "error" - the kit cannot train; "warning" - it can, but something will bite; "info" -
+nothing is wrong, but it explains what the kit does here. Pure: the same `Environment` always gives
+the same list.
 """
 
 from __future__ import annotations
@@ -102,7 +103,9 @@ def _torch(env: Environment) -> Iterator[Problem]:
     if env.torch_error is not None:
         yield Problem(
             "error",
-            f"torch {env.torch_version or '(version unknown)'} cannot be imported: {env.torch_error}",
+            f"torch {env.torch_version or ''} cannot be imported: {env.torch_error}".replace(
+                "  ", " "
+            ),
             _FRESH_RUNTIME if env.platform == "colab" else _reinstall_torch(),
         )
         return
@@ -130,7 +133,8 @@ def _gpu(env: Environment) -> Iterator[Problem]:
     if not env.gpu_in_torch_build:
         yield Problem(
             "error",
-            f"torch {env.torch_version} holds no code for this {env.gpu_name} ({sm}): every GPU operation fails",
+            f"torch {env.torch_version} holds no code for this {env.gpu_name} ({sm}): "
+            "every GPU operation fails",
             _NO_GPU.get(env.platform, "use a GPU of compute capability 7.5 or later"),
         )
     elif env.cuda_error is not None:
@@ -138,13 +142,13 @@ def _gpu(env: Environment) -> Iterator[Problem]:
     if capability < (8, 0):
         yield Problem(
             "info",
-            f"{env.gpu_name} ({sm}) has no bfloat16: the kit computes in float16 with loss scaling, leaves "
-            "matrix products to cuBLAS and attention to SDPA; Triton kernels do the rest",
+            f"{env.gpu_name} ({sm}) has no bfloat16: the kit computes in float16 with loss scaling,"
+            " leaves matrix products to cuBLAS and attention to SDPA; Triton kernels do the rest",
         )
     if env.gpu_count > 1:
         yield Problem(
             "info",
-            f"{env.gpu_count} GPUs; the kit trains on one. Hide the others before the first import of torch",
+            f"{env.gpu_count} GPUs; the kit trains on one. Hide the others before importing torch",
             # an export inside a notebook's ! line ends with that line
             ("%env " if env.platform in ("colab", "kaggle") else "export ")
             + "CUDA_VISIBLE_DEVICES=0",
@@ -154,7 +158,8 @@ def _gpu(env: Environment) -> Iterator[Problem]:
     if free is not None and total is not None and total - free > max(1.0, 0.05 * total):
         yield Problem(
             "info",
-            f"{total - free:.1f} of {total:.1f} GiB of GPU memory is in use, by this notebook or another program",
+            f"{total - free:.1f} of {total:.1f} GiB of GPU memory is in use, by this notebook or "
+            "another program",
             "Runtime > Restart session" if env.platform == "colab" else "nvidia-smi",
         )
 
@@ -177,7 +182,8 @@ def _without_gpu(env: Environment) -> Iterator[Problem]:
     if env.driver_gpus:
         yield Problem(
             "error",
-            f"there is a {env.driver_gpus[0]}, but torch {env.torch_version} (CUDA {env.cuda_build}) cannot use it"
+            f"there is a {env.driver_gpus[0]}, but torch {env.torch_version}"
+            f" (CUDA {env.cuda_build}) cannot use it"
             + (f": {env.cuda_error}" if env.cuda_error else "")
             + "; most often the driver is older than this CUDA needs",
             _FRESH_RUNTIME
@@ -194,7 +200,9 @@ def _without_gpu(env: Environment) -> Iterator[Problem]:
 
 def _packages(env: Environment) -> Iterator[Problem]:
     for requirement in REQUIREMENTS:
-        if requirement.name == "torch" or (requirement.gpu_only and env.gpu_count == 0):
+        if requirement.name == "torch":
+            continue
+        if requirement.gpu_only and (env.gpu_count == 0 or not env.os.startswith("Linux")):
             continue
         version = env.versions.get(requirement.name)
         state = version_state(version, requirement)
@@ -220,7 +228,7 @@ def _torchao(env: Environment) -> Iterator[Problem]:
     if version is not None and is_older(version, minimum):
         yield Problem(
             "error",
-            f"torchao {version} makes PEFT raise ImportError (it takes {minimum} or later, or none)",
+            f"torchao {version} makes PEFT raise ImportError; {minimum} or later, or none, is fine",
             "pip uninstall -y torchao",
         )
 
@@ -233,7 +241,8 @@ def _bitsandbytes(env: Environment) -> Iterator[Problem]:
         have = ", ".join(env.bitsandbytes_cuda) or "none"
         yield Problem(
             "error",
-            f"bitsandbytes {version} has no library for torch's CUDA {env.cuda_build} (it has: {have})",
+            f"bitsandbytes {version} has no library for torch's CUDA {env.cuda_build}"
+            f" (it has: {have})",
             "pip install -U bitsandbytes",
         )
 
@@ -257,12 +266,14 @@ def _room(env: Environment) -> Iterator[Problem]:
     if env.disk_free_gib is not None and env.disk_free_gib < DISK_GIB:
         yield Problem(
             "warning",
-            f"{env.disk_free_gib:.1f} GiB of disk is free; a 7B model in 4 bit takes about {DISK_GIB:.0f}",
+            f"{env.disk_free_gib:.1f} GiB of disk is free; a 7B model in 4 bit takes about "
+            f"{DISK_GIB:.0f}",
             "hf cache ls  # then: hf cache rm model/NAME for each model that is not needed",
         )
     if env.host_free_gib is not None and env.host_free_gib < HOST_GIB:
         yield Problem(
             "warning",
-            f"{env.host_free_gib:.1f} GiB of host memory is free; loading a 7B model takes about {HOST_GIB:.0f}",
+            f"{env.host_free_gib:.1f} GiB of host memory is free; loading a 7B model takes about "
+            f"{HOST_GIB:.0f}",
             "Runtime > Restart session" if env.platform == "colab" else "close other notebooks",
         )

@@ -10,10 +10,13 @@ from __future__ import annotations
 import importlib.metadata
 import importlib.util
 import re
+import sys
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
+
+from colab_qlora.host import driver_gpu_names
 
 # PEFT raises ImportError from inside get_peft_model for an older torchao, although this kit never
 # uses torchao. Colab preinstalls 0.10.0. The number stands in for PEFT's own where PEFT is not
@@ -31,7 +34,7 @@ class Requirement:
         name: the name that pip knows.
         minimum: the oldest version that works.
         below: the first version that is not tested, or None for no upper bound.
-        gpu_only: needed only where there is a CUDA GPU.
+        gpu_only: needed only on Linux with a CUDA GPU (triton has no other wheels).
         needed: True if nothing trains without it; False if only a notebook's comfort depends on it.
     """
 
@@ -63,8 +66,7 @@ REQUIREMENTS: tuple[Requirement, ...] = (
     Requirement("peft", "0.20"),
     Requirement("bitsandbytes", "0.49"),
     Requirement("datasets", "4.0"),
-    # with datasets 4.0 held by a constraint, pip picks trl 0.29.1 itself: trl 1.x needs datasets
-    # 4.7
+    # with datasets 4.0 held, pip picks trl 0.29.1 by itself: trl 1.x needs datasets 4.7
     Requirement("trl", "0.29.1"),
     Requirement("matplotlib", "3.10"),
     Requirement("ipywidgets", "7.7.1", needed=False),
@@ -171,9 +173,9 @@ def missing_requirements(
         if requirement.name == "torch" and state != "missing":
             continue
         if requirement.gpu_only:
+            if sys.platform != "linux":
+                continue
             if has_cuda_gpu is None:
-                from colab_qlora.host import driver_gpu_names
-
                 has_cuda_gpu = bool(driver_gpu_names())
             if not has_cuda_gpu:
                 continue
@@ -182,8 +184,7 @@ def missing_requirements(
 
 
 def _pinned_by_torch(requirement: Requirement) -> str | None:
-    # each torch is built against one triton (2.11: 3.6.0, 2.13: 3.7.1); another one breaks
-    # torch.compile
+    # each torch is built against one triton: 2.11 against 3.6.0, 2.13 against 3.7.1
     if requirement.name != "triton":
         return None
     try:
@@ -198,7 +199,7 @@ def _pinned_by_torch(requirement: Requirement) -> str | None:
 
 
 def torch_cuda_build() -> str | None:
-    """The CUDA version that the installed torch was built for ("12.8"), or None. Imports nothing."""
+    """The CUDA version that torch was built for ("12.8"), or None. Imports nothing."""
     try:
         spec = importlib.util.find_spec("torch")
         if spec is None or spec.origin is None:
@@ -211,7 +212,7 @@ def torch_cuda_build() -> str | None:
 
 
 def torchao_minimum() -> str:
-    """The oldest torchao that the installed PEFT accepts, read from PEFT's source. Imports nothing."""
+    """The oldest torchao that PEFT accepts, read from PEFT's source. Imports nothing."""
     try:
         spec = importlib.util.find_spec("peft")
         if spec is None or spec.origin is None:

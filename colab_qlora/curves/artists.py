@@ -61,6 +61,8 @@ MOST_RUNS = len(_DASHES)
 _BASE_DASHES = (0, (4, 3))
 # of fewer points the average is mostly the first ones
 _SMOOTH_FROM_POINTS = 10
+# lines closer than this share of the height, about a line of text, look like one
+_SHARED_BASE = 0.05
 _MOST_MARKERS = 25
 _MOST_EDGE_MARKERS = 40
 _RAW_ALPHA, _RAW_ALPHA_COMPARED = 0.35, 0.2
@@ -129,7 +131,7 @@ def draw_eval(
         is_compared: whether there are other runs.
 
     Returns:
-        The label of the line; none if no loss is finite.
+        The label of the line; none if no loss after step 0 is finite.
     """
     if not curve.eval_steps.size:
         return []
@@ -153,6 +155,8 @@ def draw_eval(
             "linestyle": "none",
         }
         ax.plot(*best, **ring, markeredgecolor=style["color"], zorder=6, gid="best-ring")
+    if not curve.eval_steps[np.isfinite(curve.eval_losses)].any():
+        return []  # the one eval is at step 0, and the line before training says so
     return _end_label(curve.eval_steps, curve.eval_losses, _label(curve, "eval"), style, rank=1)
 
 
@@ -171,7 +175,9 @@ def draw_base(ax: Axes, curves: list[Curve], theme: Theme) -> list[EndLabel]:
     values = [base for _, _, base in known]
     y_low, y_high = ax.get_ylim()
     style: dict[str, Any] = {"color": theme.muted, "linestyle": _BASE_DASHES, "linewidth": 1.3}
-    is_shared = len(known) == len(curves) and max(values) - min(values) <= 0.01 * (y_high - y_low)
+    is_shared = len(known) == len(curves) and max(values) - min(values) <= _SHARED_BASE * (
+        y_high - y_low
+    )
     if is_shared:
         lines = [("before training", values[0], style)]
     else:

@@ -35,7 +35,7 @@ class EndLabel:
         x: where the line ends, in data units.
         y: where the line ends, in data units, inside the axes.
         style: keyword arguments of the Line2D that stands beside the words.
-        rank: labels of the highest rank go first where there is no room for all.
+        rank: where there is no room for all, those of the highest rank go; rank 0 stays.
     """
 
     text: str
@@ -202,16 +202,18 @@ def lay_out(
         middle = height - _PAD_PX - _TITLE_LINE_PX / 2 + 2
         put(left, middle, text, fontsize=TITLE_PT, fontweight="bold", gid="title")
 
-    # the labels may use the height of the axes and half a line on either side
-    room = int((top - bottom) // _LINE_PX) + 1
-    kept = sorted(range(len(ends)), key=lambda index: ends[index].rank)[:room]
+    # the labels may use the height of the axes, and half a line below it
+    room = int((top - 4 - bottom) // _LINE_PX) + 1
+    kept = list(range(len(ends)))
+    while len(kept) > room and (lowest := max(ends[index].rank for index in kept)) > 0:
+        kept = [index for index in kept if ends[index].rank < lowest]
     aims = [bottom + (ends[i].y - y_low) / (y_high - y_low) * (top - bottom) for i in kept]
-    for index, aim, y in zip(kept, aims, spread(aims, _LINE_PX, bottom, top), strict=True):
+    for index, aim, y in zip(kept, aims, spread(aims, _LINE_PX, bottom, top - 4), strict=True):
         end, start = ends[index], right + _PAD_PX
         put(right + label_start, y, fitted[index][0], gid="end-label")
-        _add_line(
-            fig, (x_px(end.x), start), (aim, y), color=end.style["color"], linewidth=0.7, alpha=0.6
-        )
+        # dotted, because from a line that ended early it crosses the picture and is no data
+        leader = {"color": end.style["color"], "linewidth": 1.0, "linestyle": (0, (1, 2))}
+        _add_line(fig, (x_px(end.x), start), (aim, y), **leader)
         marker = {"markevery": [1]} if end.style.get("marker") else {}
         swatch = (start, start + _SWATCH_PX / 2, start + _SWATCH_PX)
         _add_line(fig, swatch, (y, y, y), **(end.style | marker))

@@ -13,10 +13,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, overload
 
+from colab_qlora.data.wording import FAULTS_SHOWN, counted, first_few, kind_of, shown
 from colab_qlora.errors import UserError
 
 SUFFIXES = (".jsonl", ".json")
-FAULTS_SHOWN = 3
 _BOM = b"\xef\xbb\xbf"
 _JSON_SPACE = " \t\r\n"
 
@@ -77,28 +77,6 @@ def where(rows: object, index: int, name: str = "row") -> str:
     return rows.where(index) if isinstance(rows, Records) else f"{name} {index}"
 
 
-def kind_of(value: object) -> str:
-    """Name a JSON value's type in words: "a list", "a number", "null"."""
-    if value is None:
-        return "null"
-    if isinstance(value, bool):  # before int: bool is a subclass of it
-        return "true or false"
-    names = {dict: "an object", list: "a list", str: "text", int: "a number", float: "a number"}
-    return names.get(type(value), f"a {type(value).__name__}")
-
-
-def shown(value: object, width: int = 40) -> str:
-    """Return `repr(value)` on one line of at most `width` characters."""
-    text = repr(value)
-    return text if len(text) <= width else text[: width - 3] + "..."
-
-
-def first_few(faults: Sequence[str], limit: int = FAULTS_SHOWN) -> str:
-    """Join the first `limit` faults and count the rest, on one line."""
-    rest = len(faults) - limit
-    return "; ".join(faults[:limit]) + (f"; and {rest:,} more" if rest > 0 else "")
-
-
 def read_records(path: str | Path) -> Records:
     """Read a .jsonl or .json file of objects.
 
@@ -133,9 +111,10 @@ def read_records(path: str | Path) -> Records:
 def _check_file(file: Path) -> None:
     """Refuse what cannot be opened as a training file, and name what could be."""
     if file.is_dir():
+        inside = first_few(_data_files(file), separator=", ")
         raise UserError(
             f"{file} is a directory",
-            got=f"a directory with {_listed(_data_files(file)) or 'no .jsonl or .json file'}",
+            got=f"a directory with {inside or 'no .jsonl or .json file'}",
             allowed="one .jsonl or .json file",
             do="Add the file's name to the path",
         )
@@ -145,8 +124,8 @@ def _check_file(file: Path) -> None:
         if not folder.is_dir():
             near = f"the folder {folder} does not exist"
         else:
-            names = _like_named(file.name, folder)
-            near = f"{folder} has {_listed(names)}" if names else f"{folder} has no such name"
+            names = first_few(_like_named(file.name, folder), separator=", ")
+            near = f"{folder} has {names or 'no .jsonl or .json file'}"
         raise UserError(
             "the file does not exist",
             got=f"{absolute} (working directory {Path.cwd()}; {near})",
@@ -172,10 +151,6 @@ def _like_named(name: str, folder: Path) -> list[str]:
     lowered = {p.name.lower(): p.name for p in folder.iterdir() if p.is_file()}
     close = difflib.get_close_matches(name.lower(), lowered, n=FAULTS_SHOWN, cutoff=0.6)
     return [lowered[c] for c in close] or _data_files(folder)
-
-
-def _listed(names: Sequence[str]) -> str:
-    return first_few(names).replace("; ", ", ")
 
 
 def _decode(file: Path, raw: bytes) -> str:
@@ -204,12 +179,22 @@ def _looks_like_lines(text: str) -> bool:
     return len(lines) > 1 and any(isinstance(_parsed(line), dict) for line in lines)
 
 
+@dataclass(frozen=True)
+class _Broken:
+    """What stands in for a value where the text is not JSON."""
+
+    reason: str
+    line: int
+
+
 def _parsed(text: str) -> Any:
-    """The JSON value, or the exception where `text` is not JSON."""
+    """The JSON value, or a `_Broken`."""
     try:
         return json.loads(text)
-    except ValueError as error:
-        return error
+    except json.JSONDecodeError as error:
+        return _Broken(f"{error.msg} at column {error.colno}", error.lineno)
+    except (ValueError, RecursionError) as error:  # a number too long, nesting too deep
+        return _Broken(str(error), 1)
 
 
 def _read_lines(name: str, text: str) -> Records:
@@ -221,8 +206,8 @@ def _read_lines(name: str, text: str) -> Records:
         if isinstance(value, dict):
             rows.append(value)
             numbers.append(number)
-        elif isinstance(value, json.JSONDecodeError):
-            faults.append(f"{name}:{number}: {value.msg} at column {value.colno}")
+        elif isinstance(value, _Broken):
+            faults.append(f"{name}:{number}: {value.reason}")
         else:
             faults.append(f"{name}:{number}: {kind_of(value)}, not an object")
     if faults:
@@ -238,9 +223,8 @@ def _raise_faulty_lines(name: str, text: str, faults: list[str]) -> None:
             allowed="one object a line in a .jsonl file, a list in a .json file",
             do=f"Rename it to {Path(name).with_suffix('.json')}",
         )
-    lines = "1 line is" if len(faults) == 1 else f"{len(faults):,} lines are"
     raise UserError(
-        f"{lines} not a JSON object",
+        f"{counted(len(faults), 'line')} of {name} cannot be read",
         got=first_few(faults),
         allowed="one JSON object a line, such as "
         '{"instruction": "...", "input": "", "output": "..."}',
@@ -250,10 +234,10 @@ def _raise_faulty_lines(name: str, text: str, faults: list[str]) -> None:
 
 def _read_document(name: str, text: str) -> Records:
     document = _parsed(text)
-    if isinstance(document, json.JSONDecodeError):
+    if isinstance(document, _Broken):
         raise UserError(
-            f"{name}:{document.lineno}: broken JSON",
-            got=f"{document.msg} at column {document.colno}",
+            f"{name}:{document.line}: broken JSON",
+            got=document.reason,
             allowed="a list of objects, or one object a line",
             do="Mend that place; an editor that knows JSON shows it in colour",
         )
@@ -278,9 +262,8 @@ def _read_document(name: str, text: str) -> Records:
         if not isinstance(element, dict)
     ]
     if faults:
-        elements = "1 element is" if len(faults) == 1 else f"{len(faults):,} elements are"
         raise UserError(
-            f"{elements} not an object",
+            f"{counted(len(faults), 'element')} of {name} cannot be used",
             got=first_few(faults),
             allowed="a list of objects only",
             do="Mend or delete each element named here",
@@ -310,13 +293,13 @@ def _element_lines(text: str) -> tuple[int, ...]:
     """Line number of each element of a list that is known to parse."""
     decoder = json.JSONDecoder()
     lines: list[int] = []
-    position, line, counted = text.index("[") + 1, 1, 0
+    position, line, seen = text.index("[") + 1, 1, 0
     while True:
         while text[position] in _JSON_SPACE or text[position] == ",":
             position += 1
         if text[position] == "]":
             return tuple(lines)
-        line += text.count("\n", counted, position)
-        counted = position
+        line += text.count("\n", seen, position)
+        seen = position
         lines.append(line)
         _, position = decoder.raw_decode(text, position)

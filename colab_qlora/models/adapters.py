@@ -35,7 +35,7 @@ def attach_lora(
     random_state: int = 3407,
     **lora_options: Any,
 ) -> Any:
-    """Wrap `model` in a plain `PeftModel`; see `FastLanguageModel.get_peft_model` for the arguments."""
+    """Wrap `model` in a plain `PeftModel`; arguments as `FastLanguageModel.get_peft_model`."""
     import torch
     from peft import LoraConfig, PeftModel, get_peft_model
 
@@ -63,16 +63,17 @@ def attach_lora(
         )
     config = LoraConfig(
         r=r,
-        lora_alpha=lora_alpha,
+        lora_alpha=lora_alpha,  # type: ignore[arg-type]  # PEFT takes fractions too
         lora_dropout=lora_dropout,
-        bias=bias,
+        bias=bias,  # type: ignore[arg-type]  # checked above
         target_modules=targets,
         task_type="CAUSAL_LM",
         **lora_options,
     )
     for parameter in model.parameters():
         parameter.requires_grad_(False)
-    # adapters start the same for the same random_state, and the caller's random stream stays where it was
+    # adapters start the same for the same random_state, and the caller's random stream stays where
+    # it was
     with torch.random.fork_rng():
         torch.manual_seed(random_state)
         adapted = get_peft_model(model, config)
@@ -104,7 +105,7 @@ def _matches(name: str, present: Iterable[str]) -> bool:
 
 
 def linear_names(model: Any) -> list[str]:
-    """Full names of the linear layers that an adapter can be put on (the output head is left out)."""
+    """Full names of the linear layers that an adapter can be put on: all but the output head."""
     import torch
 
     head = model.get_output_embeddings()
@@ -118,7 +119,7 @@ def linear_names(model: Any) -> list[str]:
 def set_gradient_checkpointing(model: Any, mode: bool | str) -> None:
     """Switch activation checkpointing: False keeps all activations, True recomputes whole layers.
 
-    "smart" (and "unsloth", another name for it) leaves the choice to the kit; today that is the same
+    "smart" (and "unsloth", another name for it) leaves the choice to the kit; today it is the same
     as True.
 
     Raises:
@@ -134,9 +135,9 @@ def set_gradient_checkpointing(model: Any, mode: bool | str) -> None:
         )
     mode = "smart" if mode == "unsloth" else mode
     if mode is False:
-        model.gradient_checkpointing_disable()
+        disable_checkpointing(model)
     else:
-        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+        _enable_checkpointing(model)
         # the embedding is frozen, so something must require a gradient where the first layer begins
         model.enable_input_require_grads()
     settings = settings_of(model)
@@ -147,6 +148,23 @@ def set_gradient_checkpointing(model: Any, mode: bool | str) -> None:
         settings = ModelSettings(name, min(2048, positions), dtype)
         setattr(model, ATTRIBUTE, settings)
     settings.use_gradient_checkpointing = mode
+
+
+def _enable_checkpointing(model: Any) -> None:
+    kwargs = {"use_reentrant": False}
+    # transformers 5.2x renamed the pair and warns about the older names
+    if hasattr(model, "activation_checkpointing_enable"):
+        model.activation_checkpointing_enable(activation_checkpointing_kwargs=kwargs)
+    else:
+        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs=kwargs)
+
+
+def disable_checkpointing(model: Any) -> None:
+    """Keep all activations, without changing the choice that `for_training` comes back to."""
+    if hasattr(model, "activation_checkpointing_disable"):
+        model.activation_checkpointing_disable()
+    else:
+        model.gradient_checkpointing_disable()
 
 
 def count_parameters(model: Any) -> tuple[int, int]:

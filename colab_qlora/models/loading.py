@@ -1,4 +1,5 @@
-"""Load a causal language model and its tokenizer, in 4 bit (NF4 with double quantisation) by default.
+"""Load a causal language model and its tokenizer, in 4 bit (NF4 with double quantisation) by
+default.
 
 The result is a plain transformers model with bitsandbytes `Linear4bit` layers. Weights come from
 safetensors only: nothing that was downloaded is unpickled.
@@ -8,11 +9,12 @@ from __future__ import annotations
 
 import os
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
-from colab_qlora.environment import resolve_dtype
+from colab_qlora.dtypes import resolve_dtype
 from colab_qlora.errors import UserError
 from colab_qlora.models.embedded import EMBEDDED_NAME, FOLDER_NAME, embedded_model_path
+from colab_qlora.models.quiet_import import import_bitsandbytes
 from colab_qlora.models.settings import ATTRIBUTE, ModelSettings
 
 # 4-bit already (5.7 GB to download), 8 billion parameters, and no token needed
@@ -44,6 +46,7 @@ def load_model_and_tokenizer(
     import torch
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
+    import_bitsandbytes()
     name = model_name or default_model_name()
     _check_length(max_seq_length)
     if load_in_8bit and load_in_4bit:
@@ -82,12 +85,16 @@ def load_model_and_tokenizer(
         settings.notes.append(note)
         print(f"colab_qlora: {note}")
     setattr(model, ATTRIBUTE, settings)
-    model.max_seq_length = max_seq_length  # the name that tutorials read
+    setattr(model, "max_seq_length", max_seq_length)  # noqa: B010  # the name that tutorials read
     return model, tokenizer
 
 
 def _check_length(max_seq_length: Any) -> None:
-    if isinstance(max_seq_length, bool) or not isinstance(max_seq_length, int) or max_seq_length < 1:
+    if (
+        isinstance(max_seq_length, bool)
+        or not isinstance(max_seq_length, int)
+        or max_seq_length < 1
+    ):
         raise UserError(
             "max_seq_length is not a number of tokens",
             got=repr(max_seq_length),
@@ -110,7 +117,9 @@ def _locate(name: str) -> str:
                 allowed="a folder with config.json and *.safetensors, a hub id, or 'embedded'",
                 do="Give the folder that save_pretrained wrote",
             )
-        weights = [entry.name for entry in path.iterdir() if entry.suffix in {".bin", ".pt", ".pth"}]
+        weights = [
+            entry.name for entry in path.iterdir() if entry.suffix in {".bin", ".pt", ".pth"}
+        ]
         if not any(path.glob("*.safetensors")):
             raise UserError(
                 f"{path} holds no safetensors weights",
@@ -211,7 +220,7 @@ def _prepare_tokenizer(tokenizer: Any, model: Any, max_seq_length: int) -> None:
         model.generation_config.pad_token_id = tokenizer.pad_token_id
 
 
-class _readable_errors:
+class _readable_errors:  # a context manager, named like a function
     """Turn what transformers and the hub raise while loading into one line that says what to do."""
 
     def __init__(self, name: str) -> None:
@@ -220,7 +229,7 @@ class _readable_errors:
     def __enter__(self) -> None:
         return None
 
-    def __exit__(self, kind: Any, error: BaseException | None, trace: Any) -> bool:
+    def __exit__(self, kind: Any, error: BaseException | None, trace: Any) -> Literal[False]:
         if not isinstance(error, (OSError, ValueError)) or isinstance(error, UserError):
             return False
         text = str(error)
@@ -236,7 +245,7 @@ class _readable_errors:
             raise UserError(
                 f"{self.name} cannot be read without permission",
                 got=reason,
-                do="Accept its terms on the model's page and pass token=..., or choose an open model",
+                do="Accept its terms on the model's page and pass token=..., or take an open model",
             ) from error
         if isinstance(error, OSError):
             raise UserError(

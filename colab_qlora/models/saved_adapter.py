@@ -19,7 +19,8 @@ def load_adapter_folder(name: str, *load_args: Any, **options: Any) -> tuple[Any
     """Load the adapter's base model, then the adapter, trainable.
 
     Returns:
-        (model, tokenizer): a `PeftModel` and the tokenizer saved beside the adapter, else the base's.
+        (model, tokenizer): a `PeftModel` and the tokenizer saved beside the adapter, else the
+        base's.
 
     Raises:
         UserError: the adapter's weights are missing or its base model cannot be loaded.

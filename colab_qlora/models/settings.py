@@ -32,6 +32,6 @@ class ModelSettings:
 
 
 def settings_of(model: Any) -> ModelSettings | None:
-    """The settings of a model that `FastLanguageModel` loaded, also through a PEFT wrapper; else None."""
+    """The settings of a model that we loaded, also through a PEFT wrapper; else None."""
     found = getattr(model, ATTRIBUTE, None)
     return found if isinstance(found, ModelSettings) else None

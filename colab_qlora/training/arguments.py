@@ -1,9 +1,9 @@
 """Training arguments: today's names and the older ones, made to fit the machine and the model.
 
-`SFTConfig` here is TRL's with three defaults that follow the machine: the precision (never one that the
-hardware lacks), `use_cpu` where there is no GPU, and no silent truncation at 1,024 tokens.
-`fit_arguments` turns whatever the user passed to the trainer into a TRL SFTConfig and says, one line
-each, what it did differently from what was asked.
+`SFTConfig` here is TRL's with three defaults that follow the machine: the precision (never one
+that the hardware lacks), `use_cpu` where there is no GPU, and no silent truncation at 1,024 tokens.
+`fit_arguments` turns whatever the user passed to the trainer into a TRL SFTConfig and says, one
+line each, what it did differently from what was asked.
 """
 
 from __future__ import annotations
@@ -32,9 +32,10 @@ _TRL_DEFAULT_MAX_LENGTH = 1024
 class SFTConfig(trl.SFTConfig):
     """TRL's SFTConfig that also constructs on a CPU and on a T4 without being told the precision.
 
-    Takes every field of `trl.SFTConfig`, and `max_seq_length` as another name for `max_length`. Fields
-    not given follow the machine: bf16 or fp16 as `pick_compute_dtype` says, `use_cpu` without a GPU,
-    `report_to="none"`; `max_length` not given means the model's max_seq_length.
+    Takes every field of `trl.SFTConfig`, and `max_seq_length` as another name for `max_length`.
+    Fields
+    not given follow the machine: bf16 or fp16 as `pick_compute_dtype` says, `use_cpu` without a
+    GPU, `report_to="none"`; `max_length` not given means the model's max_seq_length.
     """
 
     def __init__(self, output_dir: str | None = None, **fields: Any) -> None:
@@ -72,8 +73,10 @@ def fit_arguments(
     Args:
         args: None, a transformers TrainingArguments, or TRL's or our SFTConfig.
         model: the model to be trained; its settings decide precision, length and checkpointing.
-        has_eval_dataset: whether an eval set was passed; then the first evaluation is before step 1.
-        overrides: values given to the trainer under older names (`TRAINER_ARGUMENTS`), already renamed.
+        has_eval_dataset: whether an eval set was passed; then the first evaluation is before step
+            1.
+        overrides: values given to the trainer under older names (`TRAINER_ARGUMENTS`), already
+            renamed.
         say: called with one line for each thing that is not done as asked.
 
     Raises:
@@ -100,7 +103,7 @@ def fit_arguments(
 def rebuild(args: transformers.TrainingArguments, **changes: Any) -> trl.SFTConfig:
     """A TRL SFTConfig with the fields of `args` and some of them changed.
 
-    Built through the constructor, so that everything derived from the fields (mixed precision, device)
+    Built through the constructor, so that all that derives from the fields (precision, device)
     is derived again.
     """
     allowed = {f.name for f in dataclasses.fields(trl.SFTConfig) if f.init}
@@ -109,7 +112,7 @@ def rebuild(args: transformers.TrainingArguments, **changes: Any) -> trl.SFTConf
 
 
 def _precision(args: Any, model: Any, say: Callable[[str], None]) -> dict[str, Any]:
-    """bf16/fp16/use_cpu from the dtype that the model computes in; never what the hardware lacks."""
+    """bf16, fp16, use_cpu from the dtype that the model computes in, which the hardware has."""
     on_gpu = next(model.parameters()).device.type == "cuda"
     dtype = compute_dtype_of(model)
     possible = {torch.bfloat16: "bf16", torch.float16: "fp16"}.get(dtype)
@@ -119,7 +122,10 @@ def _precision(args: Any, model: Any, say: Callable[[str], None]) -> dict[str, A
     if asked is not None and asked != possible:
         instead = {"bf16": "bfloat16", "fp16": "float16", None: "float32"}[possible]
         where = torch.cuda.get_device_name() if on_gpu else "the CPU"
-        say(f"{asked}=True was asked for; the model computes in {instead} on {where}, so training does too")
+        say(
+            f"{asked}=True was asked for; the model computes in {instead} on {where}, "
+            "and so does the training"
+        )
     precision: dict[str, Any] = {"bf16": possible == "bf16", "fp16": possible == "fp16"}
     if not on_gpu:
         precision |= {"use_cpu": True, "dataloader_pin_memory": False}
@@ -147,11 +153,15 @@ def _checkpointing(model: Any) -> dict[str, Any]:
     settings = settings_of(model)
     if settings is None or settings.use_gradient_checkpointing is None:
         return {}
-    if settings.use_gradient_checkpointing is False:
-        return {"gradient_checkpointing": False, "gradient_checkpointing_kwargs": None}
+    on = settings.use_gradient_checkpointing is not False
+    kwargs = {"use_reentrant": False} if on else None
+    # newer transformers renamed both and lets the new name win; rebuild() drops what a release
+    # lacks
     return {
-        "gradient_checkpointing": True,
-        "gradient_checkpointing_kwargs": {"use_reentrant": False},
+        "gradient_checkpointing": on,
+        "gradient_checkpointing_kwargs": kwargs,
+        "activation_checkpointing": on,
+        "activation_checkpointing_kwargs": kwargs,
     }
 
 
@@ -170,6 +180,13 @@ def _length(
         return {}
     if given is not None and given != _TRL_DEFAULT_MAX_LENGTH:
         return {}
-    if given == _TRL_DEFAULT_MAX_LENGTH and given != settings.max_seq_length and type(args) is trl.SFTConfig:
-        say(f"max_length is the model's max_seq_length, {settings.max_seq_length} tokens (TRL's default is 1024)")
+    if (
+        given == _TRL_DEFAULT_MAX_LENGTH
+        and given != settings.max_seq_length
+        and type(args) is trl.SFTConfig
+    ):
+        say(
+            f"max_length is the model's max_seq_length, {settings.max_seq_length} tokens "
+            "(TRL's default is 1024)"
+        )
     return {"max_length": settings.max_seq_length}

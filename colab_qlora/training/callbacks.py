@@ -31,10 +31,11 @@ def peak_memory_gib() -> float:
 
 
 class LossLogCallback(TrainerCallback):
-    """Append every log of the trainer to `<output_dir>/loss_log.jsonl`, line by line, as it happens.
+    """Append every log of the trainer to `<output_dir>/loss_log.jsonl`, line by line, as it
+    happens.
 
-    A resumed run first drops the records after the step that it resumes from, so that the file reads
-    like one unbroken run. A new run in a folder with an old log moves the old one aside.
+    A resumed run first drops the records after the step that it resumes from, so that the file
+    reads like one unbroken run. A new run in a folder with an old log moves the old one aside.
     """
 
     def __init__(self, run: dict[str, Any] | None = None) -> None:
@@ -91,7 +92,7 @@ def _move_aside(path: Path) -> None:
 
 
 class ProgressLines(TrainerCallback):
-    """Print "step 12/96 | loss 1.83 | ..." at logs, at most every `every_seconds`, and at each eval."""
+    """Print "step 12/96 | loss 1.83 | ..." at most every `every_seconds`, and each eval."""
 
     def __init__(self, every_seconds: float = 2.0) -> None:
         self.every_seconds = every_seconds

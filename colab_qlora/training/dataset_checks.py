@@ -1,4 +1,4 @@
-"""Look at the training rows before the first step: are there any, do they carry labels, are they cut?"""
+"""Look at the rows before the first step: are there any, have they labels, are they cut?"""
 
 from __future__ import annotations
 
@@ -68,8 +68,8 @@ def check_dataset(
     if not report.rows_truncated:
         return None
     return (
-        f"{report.rows_truncated} of {report.rows} {name} rows ({report.share_truncated:.0%}) are longer "
-        f"than {args.max_length} tokens and lose their end (the longest has {report.tokens_max})"
+        f"{report.rows_truncated} of {report.rows} {name} rows ({report.share_truncated:.0%}) "
+        f"are longer than {args.max_length} tokens and lose their end (the longest has {report.tokens_max})"
     )
 
 

@@ -1,8 +1,8 @@
 """Find the checkpoint to go on from, and refuse those that a kill or a full disk cut short.
 
-The trainer writes a checkpoint folder file by file, with trainer_state.json last. So a folder is whole
-when that file parses, the weights' safetensors header accounts for the file's whole size, and the
-optimiser's archive has its end.
+The trainer writes a checkpoint folder file by file, with trainer_state.json last. So a folder is
+whole when that file parses, the weights' safetensors header accounts for the file's whole size,
+and the optimiser's archive has its end.
 """
 
 from __future__ import annotations
@@ -72,7 +72,8 @@ def check_checkpoint(checkpoint: str | Path) -> str:
     """Return the path of a whole checkpoint as a string.
 
     Raises:
-        UserError: it is not whole; the message names the newest whole one beside it, if there is one.
+        UserError: it is not whole; the message names the newest whole one beside it, if there is
+            one.
     """
     reason = what_is_missing(checkpoint)
     if reason is None:

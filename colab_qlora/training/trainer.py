@@ -1,19 +1,18 @@
-"""`SFTTrainer`: TRL's trainer, thinly wrapped, that takes today's arguments and those of older scripts.
+"""`SFTTrainer`: TRL's trainer, thinly wrapped, that takes today's arguments and those of older
+scripts.
 
 What it adds: the older names, a precision that the machine has, adapters that stay float32, a loss
-scale that skips no early step, a check of lengths and labels before the first step, a loss log on disk,
-and resuming from the newest whole checkpoint.
+scale that skips no early step, a check of lengths and labels before the first step, a loss log on
+disk, and resuming from the newest whole checkpoint.
 """
 
 from __future__ import annotations
 
-import errno
-import os
-import tempfile
+import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 import trl
@@ -25,7 +24,13 @@ from colab_qlora.models.settings import settings_of
 from colab_qlora.training.arguments import TRAINER_ARGUMENTS, fit_arguments
 from colab_qlora.training.callbacks import LossLogCallback, ProgressLines
 from colab_qlora.training.dataset_checks import as_dataset, check_dataset
-from colab_qlora.training.resume import check_checkpoint, last_complete_checkpoint
+from colab_qlora.training.failures import is_disk_full, is_out_of_memory
+from colab_qlora.training.resume import (
+    check_checkpoint,
+    last_complete_checkpoint,
+    what_is_missing,
+)
+from colab_qlora.work import check_writable
 
 # a T4's first steps overflow at the usual 65,536 and are skipped; at 8,192 they are not
 INITIAL_LOSS_SCALE = 2.0**13
@@ -37,17 +42,17 @@ class SFTTrainer(trl.SFTTrainer):
     Args:
         model: what `FastLanguageModel.get_peft_model` gave (any PEFT or transformers model works).
         args: `SFTConfig` or a plain `TrainingArguments`.
-        train_dataset: a datasets.Dataset or a list of dicts with "text", "messages", or "prompt" and
-            "completion".
+        train_dataset: a datasets.Dataset or a list of dicts with "text", "messages", or "prompt"
+            and "completion".
         eval_dataset: the same; if given, the first evaluation happens before the first step.
         processing_class: the tokenizer.
         tokenizer: older name of `processing_class`.
-        dataset_text_field, max_seq_length, packing, dataset_num_proc: older places for the fields of
-            `SFTConfig` (`max_seq_length` is `max_length` there).
+        dataset_text_field, max_seq_length, packing, dataset_num_proc: older places for the fields
+            of `SFTConfig` (`max_seq_length` is `max_length` there).
 
     Raises:
-        UserError: no rows, no labels left after truncation, an output folder that cannot be written to,
-            or arguments that contradict each other.
+        UserError: no rows, no labels left after truncation, an output folder that cannot be
+            written to, or arguments that contradict each other.
     """
 
     def __init__(
@@ -73,11 +78,17 @@ class SFTTrainer(trl.SFTTrainer):
             raise UserError("tokenizer and processing_class differ", do="Pass one of them")
         tokenizer = processing_class if processing_class is not None else tokenizer
         overrides = {
-            TRAINER_ARGUMENTS[name]: kwargs.pop(name) for name in TRAINER_ARGUMENTS if name in kwargs
+            TRAINER_ARGUMENTS[name]: kwargs.pop(name)
+            for name in TRAINER_ARGUMENTS
+            if name in kwargs
         }
         overrides = {name: value for name, value in overrides.items() if value is not None}
         args = fit_arguments(
-            args, model, has_eval_dataset=eval_dataset is not None, overrides=overrides, say=self._say
+            args,
+            model,
+            has_eval_dataset=eval_dataset is not None,
+            overrides=overrides,
+            say=self._say,
         )
         check_writable(args.output_dir)
         train_dataset = as_dataset(train_dataset, "train_dataset")
@@ -136,19 +147,23 @@ class SFTTrainer(trl.SFTTrainer):
             run |= {"r": lora.r, "lora_alpha": lora.lora_alpha, "lora_dropout": lora.lora_dropout}
         return run
 
-    def train(self, resume_from_checkpoint: str | bool | None = None, **kwargs: Any) -> Any:
+    def train(  # type: ignore[override]  # the rest of Trainer.train's arguments pass through
+        self, resume_from_checkpoint: str | bool | None = None, **kwargs: Any
+    ) -> Any:
         """Train; `resume_from_checkpoint=True` goes on from the newest whole checkpoint, if any.
 
-        A run that is interrupted, or that runs out of memory, saves a checkpoint of the last finished
-        step before it stops.
+        A run that is interrupted, or that runs out of memory, saves a checkpoint of the last
+        finished step before it stops.
 
         Raises:
-            UserError: out of memory or disk (with what to change), or a checkpoint that is cut short.
+            UserError: out of memory or disk (with what to change), or a checkpoint that is cut
+                short.
         """
+        folder = self.args.output_dir or "."
         if resume_from_checkpoint is True:
-            found = last_complete_checkpoint(self.args.output_dir)
+            found = last_complete_checkpoint(folder)
             if found is None:
-                self._say(f"no checkpoint in {self.args.output_dir} yet: starting with the first step")
+                self._say(f"no checkpoint in {folder} yet: starting with the first step")
             else:
                 self._say(f"going on from {found}")
             resume_from_checkpoint = str(found) if found else None
@@ -160,31 +175,39 @@ class SFTTrainer(trl.SFTTrainer):
             saved = self._rescue()
             self._say(f"interrupted; {saved}")
             raise
-        except torch.OutOfMemoryError as error:
-            reason = str(error).split(". ")[0]
-            self.model.zero_grad(set_to_none=True)
-            torch.cuda.empty_cache()
-            saved = self._rescue()
-            raise UserError(
-                f"out of GPU memory at {self._batch_words()}; {saved}",
-                got=reason,
-                do=self._smaller_step(),
-            ) from error
-        except (OSError, RuntimeError) as error:
-            if not _is_disk_full(error):
-                raise
-            raise UserError(
-                f"the disk is full, so a checkpoint in {self.args.output_dir} could not be written; "
-                "earlier checkpoints and the loss log are whole",
-                got=str(error).splitlines()[0],
-                do="Free some space (or set save_total_limit=1), then "
-                "trainer.train(resume_from_checkpoint=True)",
-            ) from error
+        except (OSError, RuntimeError) as error:  # torch.OutOfMemoryError is a RuntimeError
+            if is_out_of_memory(error):
+                self._stop_out_of_memory(error)
+            if is_disk_full(error):
+                self._stop_disk_full(error, folder)
+            raise
         finally:
             self._loss_log.close()
 
-    def _batch_words(self) -> str:
-        return f"{self.args.per_device_train_batch_size} rows x {self.args.max_length} tokens"
+    def _stop_out_of_memory(self, error: BaseException) -> NoReturn:
+        self.model.zero_grad(set_to_none=True)  # type: ignore[union-attr]
+        if torch.cuda.is_available():
+            torch.cuda.empty_cache()
+        args: Any = self.args
+        batch = f"{args.per_device_train_batch_size} rows x {args.max_length} tokens"
+        raise UserError(
+            f"out of memory at {batch}; {self._rescue()}",
+            got=str(error).split(". ")[0],
+            do=self._smaller_step(),
+        ) from error
+
+    def _stop_disk_full(self, error: BaseException, folder: str) -> NoReturn:
+        # what was half written is of no use and takes the space that is missing
+        half = Path(folder) / f"checkpoint-{self.state.global_step}"
+        if half.is_dir() and what_is_missing(half):
+            shutil.rmtree(half, ignore_errors=True)
+        raise UserError(
+            f"the disk is full: checkpoint {self.state.global_step} could not be written in "
+            f"{folder}; earlier checkpoints and the loss log are whole",
+            got=str(error).splitlines()[0],
+            do="Free some space (or set save_total_limit=1), then "
+            "trainer.train(resume_from_checkpoint=True)",
+        ) from error
 
     def _smaller_step(self) -> str:
         rows, steps = self.args.per_device_train_batch_size, self.args.gradient_accumulation_steps
@@ -196,46 +219,29 @@ class SFTTrainer(trl.SFTTrainer):
             )
         if not self.args.gradient_checkpointing:
             return "Pass use_gradient_checkpointing='smart' to get_peft_model"
-        length = self.args.max_length
+        length = getattr(self.args, "max_length", None)
         return f"Lower max_seq_length to {length // 2}" if length else "Set max_seq_length=1024"
 
     def _rescue(self) -> str:
         """Save a checkpoint of the last finished step; a clause that says whether it worked."""
         if self.state.global_step == 0:
             return "no step was finished yet"
-        folder = Path(self.args.output_dir) / f"checkpoint-{self.state.global_step}"
+        folder = Path(self.args.output_dir or ".") / f"checkpoint-{self.state.global_step}"
         try:
             self._save_checkpoint(self.model, None)
         except Exception as error:  # whatever went wrong, the first error is the one to show
-            return f"saving step {self.state.global_step} failed too ({type(error).__name__}: {error})"
+            return (
+                f"saving step {self.state.global_step} failed too ({type(error).__name__}: {error})"
+            )
         return f"step {self.state.global_step} is saved in {folder}"
-
-
-def check_writable(folder: str | Path) -> None:
-    """Create `folder` if needed and prove that a file can be written there.
-
-    Raises:
-        UserError: it cannot; with the system's reason.
-    """
-    try:
-        os.makedirs(folder, exist_ok=True)
-        with tempfile.TemporaryFile(dir=folder):
-            pass
-    except OSError as error:
-        raise UserError(
-            f"{folder} cannot be written to",
-            got=error.strerror or str(error),
-            allowed="a folder that can be created and written to",
-            do="Choose another output folder",
-        ) from error
 
 
 @contextmanager
 def _adapters_kept_as_they_are(model: Any) -> Iterator[None]:
     """Undo TRL's cast of a quantised model's adapters to bfloat16.
 
-    float16 training cannot unscale bfloat16 gradients, and an update of 2e-4 relative to the weight is
-    lost in bfloat16's 8 bits. Values are put back too, since the cast rounded them.
+    float16 training cannot unscale bfloat16 gradients, and an update of 2e-4 relative to the
+    weight is lost in bfloat16's 8 bits. Values are put back too, since the cast rounded them.
     """
     before = {n: p.data.clone() for n, p in model.named_parameters() if p.requires_grad}
     yield
@@ -245,16 +251,3 @@ def _adapters_kept_as_they_are(model: Any) -> Iterator[None]:
             continue
         half = kept.dtype in (torch.float16, torch.bfloat16)
         parameter.data = kept.float() if half else kept
-
-
-def _is_disk_full(error: BaseException) -> bool:
-    seen: BaseException | None = error
-    while seen is not None:
-        if getattr(seen, "errno", None) == errno.ENOSPC:
-            return True
-        text = str(seen)
-        # safetensors and torch's archive writer report a failed write in words of their own
-        if "No space left on device" in text or "file write failed" in text:
-            return True
-        seen = seen.__cause__ or seen.__context__
-    return False
