@@ -92,7 +92,7 @@ def draw_curves(
     FigureCanvasAgg(fig)  # measures text; it attaches to this figure alone
     ax = fig.add_axes((0.1, 0.15, 0.6, 0.7))
     low, high, is_clipped = _loss_range(curves)
-    _set_up_axes(ax, curves, (low, high), theme)
+    _set_up_axes(ax, curves, (low, high), theme, width_px)
 
     ends: list[EndLabel] = []
     several = len(curves) > 1
@@ -195,12 +195,15 @@ def _visible_high(losses: Array) -> float:
     # a spike may double the height of the picture, and no more
     if highest <= usual + span:
         return highest
-    # a run starts high and falls fast, so its first value is a spike only if it is far out
+    # a run starts high and falls fast, so its first value is shown while a tenth of the height is
+    # left for the rest
     start = float(losses[0])
-    return max(usual + 0.25 * span, start if start <= usual + 4 * span else usual)
+    return max(usual + 0.25 * span, start if start <= usual + 9 * span else usual)
 
 
-def _set_up_axes(ax: Axes, curves: list[Curve], limits: tuple[float, float], theme: Theme) -> None:
+def _set_up_axes(
+    ax: Axes, curves: list[Curve], limits: tuple[float, float], theme: Theme, width_px: int
+) -> None:
     from matplotlib.ticker import MaxNLocator, StrMethodFormatter
 
     steps = np.concatenate([s for c in curves for s in (c.steps, c.eval_steps)])
@@ -208,7 +211,10 @@ def _set_up_axes(ax: Axes, curves: list[Curve], limits: tuple[float, float], the
     ax.set(xlim=(steps.min() - margin, steps.max() + margin), ylim=limits, facecolor=theme.paper)
     ax.set_xlabel("step", fontsize=TEXT_PT, color=theme.ink)
     ax.set_ylabel("loss", fontsize=TEXT_PT, color=theme.ink)
-    ax.xaxis.set_major_locator(MaxNLocator(5, integer=True, steps=[1, 2, 5, 10]))
+    # digits are 9 px wide at most, and the axes have at least 35 % of the width
+    step_px = 9 * len(f"{steps.max():,}") + 16
+    step_ticks = min(5, max(2, int(0.35 * width_px / step_px)))
+    ax.xaxis.set_major_locator(MaxNLocator(step_ticks, integer=True, steps=[1, 2, 5, 10]))
     ax.yaxis.set_major_locator(MaxNLocator(6, steps=[1, 2, 2.5, 5, 10]))
     ax.xaxis.set_major_formatter(StrMethodFormatter("{x:,.0f}"))
     ax.yaxis.set_major_formatter(StrMethodFormatter("{x:.6g}"))

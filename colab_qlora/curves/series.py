@@ -9,6 +9,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -169,7 +170,7 @@ def describe_curves(runs: Runs) -> str:
     """
     curves = as_curves(runs)
     sentences = [
-        _sentence("Train loss", curves, _train_words),
+        _sentence("Train loss", curves, partial(_train_words, is_alone=len(curves) == 1)),
         _sentence("Eval loss", curves, _eval_words),
     ]
     broken = [curve for curve in curves if curve.non_finite_steps.size]
@@ -185,7 +186,7 @@ def _sentence(subject: str, curves: list[Curve], words: Callable[[Curve], str]) 
     return f"{subject}: " + "; ".join(f"{curve.name} {words(curve)}" for curve in curves) + "."
 
 
-def _train_words(curve: Curve) -> str:
+def _train_words(curve: Curve, is_alone: bool) -> str:
     finite = np.isfinite(curve.losses)
     steps, losses, count = curve.steps[finite], curve.losses[finite], int(finite.sum())
     if not curve.steps.size:
@@ -197,11 +198,11 @@ def _train_words(curve: Curve) -> str:
     first, last, note = 1, 1, ""
     if count >= _MEDIAN_FROM_POINTS:
         first, last = max(3, count // 20), max(5, math.ceil(count / 10))
-    if count >= _MEDIAN_FROM_POINTS and not curve.name:
         note = f" (medians of the first {first} and last {last} of {count} points)"
     start, end = np.median(losses[:first]), np.median(losses[-last:])
     span = f"over steps {steps[0]} to {steps[-1]}"
-    return f"goes from {loss_text(start)} to {loss_text(end)} {span}{note}"
+    # in a comparison the note would be repeated for every run
+    return f"goes from {loss_text(start)} to {loss_text(end)} {span}{note if is_alone else ''}"
 
 
 def _eval_words(curve: Curve) -> str:

@@ -80,6 +80,7 @@ def load_model_and_tokenizer(
         )
         tokenizer = AutoTokenizer.from_pretrained(source, **hub)
     _prepare_tokenizer(tokenizer, model, max_seq_length)
+    keep_weights_in_place(model)
     settings = ModelSettings(name, max_seq_length, str(compute_dtype).removeprefix("torch."))
     if note:
         settings.notes.append(note)
@@ -87,6 +88,24 @@ def load_model_and_tokenizer(
     setattr(model, ATTRIBUTE, settings)
     setattr(model, "max_seq_length", max_seq_length)  # noqa: B010  # the name that tutorials read
     return model, tokenizer
+
+
+def load_tokenizer(model_name: str | None = None, **hub: Any) -> Any:
+    """The tokenizer of a model, without the model's weights.
+
+    Args:
+        model_name: as for `load_model_and_tokenizer`.
+        **hub: token, revision.
+
+    Raises:
+        UserError: it cannot be found or read.
+    """
+    from transformers import AutoTokenizer
+
+    name = model_name or default_model_name()
+    source = _locate(name)
+    with _readable_errors(name):
+        return AutoTokenizer.from_pretrained(source, **hub)
 
 
 def _check_length(max_seq_length: Any) -> None:
@@ -199,6 +218,19 @@ def _quantization(config: Any, compute_dtype: Any, four_bit: bool, eight_bit: bo
         bnb_4bit_use_double_quant=True,
         bnb_4bit_compute_dtype=compute_dtype,
     )
+
+
+def keep_weights_in_place(model: Any) -> None:
+    """Stop 4-bit layers from repacking their weights when they are evaluated on a CPU.
+
+    On a CPU with AVX-512 bfloat16 bitsandbytes (0.49 and 0.50) repacks a layer's weights for good at
+    its first forward in evaluation mode. The repacked layer gives no gradient to its input, so a
+    training that is evaluated before or between its steps learns almost nothing, silently. The switch
+    is an attribute of each layer; the library itself stays as it is.
+    """
+    for module in model.modules():
+        if getattr(module, "support_avx512bf16_for_cpu", False):
+            module.support_avx512bf16_for_cpu = False
 
 
 def _prepare_tokenizer(tokenizer: Any, model: Any, max_seq_length: int) -> None:

@@ -13,12 +13,13 @@ from typing import TYPE_CHECKING, Any
 # import would put the module where the function is expected
 _EXPORTS = {
     "HyperparameterTable": "hyperparameters",
+    "LayerShape": "activations",
     "LoraRow": "lora",
     "MemoryPart": "memory",
     "STARTING_VALUES": "hyperparameters",
     "StartingValue": "hyperparameters",
+    "T4_LIMIT_GIB": "memory",
     "WeightPair": "nf4",
-    "activation_bytes": "activation_bytes_per_token",
     "describe_lora_shapes": "lora_picture",
     "describe_memory": "memory_picture",
     "describe_nf4_levels": "nf4_pictures",
@@ -29,6 +30,8 @@ _EXPORTS = {
     "draw_weight_histogram": "nf4_pictures",
     "format_lora_table": "lora",
     "hyperparameter_table": "hyperparameters",
+    "layer_bytes_per_token": "activations",
+    "layer_shape": "activations",
     "lora_table": "lora",
     "memory_parts": "memory",
     "nf4_levels": "nf4",
@@ -37,3 +40,70 @@ _EXPORTS = {
     "weight_before_and_after": "nf4",
     "weight_parts": "memory",
 }
+
+__all__ = [
+    "STARTING_VALUES",
+    "T4_LIMIT_GIB",
+    "HyperparameterTable",
+    "LayerShape",
+    "LoraRow",
+    "MemoryPart",
+    "StartingValue",
+    "WeightPair",
+    "describe_lora_shapes",
+    "describe_memory",
+    "describe_nf4_levels",
+    "describe_weight_histogram",
+    "draw_lora_shapes",
+    "draw_memory",
+    "draw_nf4_levels",
+    "draw_weight_histogram",
+    "format_lora_table",
+    "hyperparameter_table",
+    "layer_bytes_per_token",
+    "layer_shape",
+    "lora_table",
+    "memory_parts",
+    "nf4_levels",
+    "nf4_round_trip",
+    "show",
+    "weight_before_and_after",
+    "weight_parts",
+]
+
+if TYPE_CHECKING:
+    from colab_qlora.teaching.activations import LayerShape, layer_bytes_per_token, layer_shape
+    from colab_qlora.teaching.display import show
+    from colab_qlora.teaching.hyperparameters import (
+        STARTING_VALUES,
+        HyperparameterTable,
+        StartingValue,
+        hyperparameter_table,
+    )
+    from colab_qlora.teaching.lora import LoraRow, format_lora_table, lora_table
+    from colab_qlora.teaching.lora_picture import describe_lora_shapes, draw_lora_shapes
+    from colab_qlora.teaching.memory import T4_LIMIT_GIB, MemoryPart, memory_parts, weight_parts
+    from colab_qlora.teaching.memory_picture import describe_memory, draw_memory
+    from colab_qlora.teaching.nf4 import (
+        WeightPair,
+        nf4_levels,
+        nf4_round_trip,
+        weight_before_and_after,
+    )
+    from colab_qlora.teaching.nf4_pictures import (
+        describe_nf4_levels,
+        describe_weight_histogram,
+        draw_nf4_levels,
+        draw_weight_histogram,
+    )
+
+
+def __getattr__(name: str) -> Any:
+    module = _EXPORTS.get(name)
+    if module is None:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(importlib.import_module(f"{__name__}.{module}"), name)
+
+
+def __dir__() -> list[str]:
+    return sorted(__all__)

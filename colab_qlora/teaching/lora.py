@@ -80,9 +80,9 @@ def lora_layers(model: Any) -> Iterator[tuple[str, Any]]:
     for name, module in model.named_modules():
         adapters = getattr(module, "active_adapters", None)
         # a PeftModel has active adapters too, but only a LoRA layer has a rank for each
-        if isinstance(getattr(module, "r", None), dict) and isinstance(adapters, list):
-            if any(adapter in module.r for adapter in adapters):
-                yield name, module
+        ranks = getattr(module, "r", None)
+        if isinstance(ranks, dict) and isinstance(adapters, list) and set(adapters) & set(ranks):
+            yield name, module
 
 
 def format_lora_table(rows: Sequence[LoraRow], model: Any = None) -> str:
@@ -97,12 +97,10 @@ def format_lora_table(rows: Sequence[LoraRow], model: Any = None) -> str:
         Lines of text of equal width: a head, the rows, the totals; then the share.
     """
     head = ("module", "layers", "in", "out", "rank", "base weights", "LoRA adds", "share")
-    cells = [head]
+    cells: list[tuple[str, ...]] = [head]
     for row in rows:
         numbers = (row.count, row.in_features, row.out_features, row.rank)
-        cells.append(
-            (row.module, *(f"{n:,}" for n in numbers), *_sums(row.base_parameters, row))
-        )
+        cells.append((row.module, *(f"{n:,}" for n in numbers), *_sums(row.base_parameters, row)))
     base = sum(row.base_parameters for row in rows)
     layers, added = sum(row.count for row in rows), sum(row.lora_parameters for row in rows)
     cells.append(("all", f"{layers:,}", "", "", "", f"{base:,}", f"{added:,}", _share(added, base)))

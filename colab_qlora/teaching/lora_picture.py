@@ -22,6 +22,7 @@ _FROZEN, _A, _B = "#d0d4da", "#206ad2", "#e69f00"
 _LONGEST_PX = 250.0
 _THINNEST_PX = 7.0
 _MARGIN_PX = 24.0
+_LEAST_GAP_PX = 40.0
 
 
 def draw_lora_shapes(in_features: int, out_features: int, rank: int, name: str = "") -> Figure:
@@ -41,10 +42,12 @@ def draw_lora_shapes(in_features: int, out_features: int, rank: int, name: str =
         UserError: a size is below 1.
     """
     _check(in_features, out_features, rank)
-    scale = _LONGEST_PX / max(in_features, out_features)
+    # W, B and A stand side by side: also a rank as large as W must fit
+    side_by_side = (800 - 2 * _MARGIN_PX - 2 * _LEAST_GAP_PX) / (2 * in_features + rank)
+    scale = min(_LONGEST_PX / max(in_features, out_features), side_by_side)
     wide, high, thin = (max(n * scale, _THINNEST_PX) for n in (in_features, out_features, rank))
-    caption = _caption(in_features, out_features, rank, scale)
-    below = 3 * LINE_PX + 8 + (LINE_PX + 10 if caption else 0)
+    captions = _captions(in_features, out_features, rank, scale)
+    below = 3 * LINE_PX + 16 + (6 + LINE_PX * len(captions) if captions else 0)
     fig = blank_figure(800, 88 + high + below)
     foot = below + 4
     matrices = (
@@ -53,7 +56,7 @@ def draw_lora_shapes(in_features: int, out_features: int, rank: int, name: str =
         ("A  trained", wide, thin, rank, in_features, _A, None),
     )
     texts = [
-        (title, f"{rows:,} x {columns:,}", f"{rows * columns:,}")
+        (title, f"{rows:,} x {columns:,}", f"{rows * columns:,} parameters")
         for title, _, _, rows, columns, _, _ in matrices
     ]
     slots = [
@@ -63,7 +66,7 @@ def draw_lora_shapes(in_features: int, out_features: int, rank: int, name: str =
     # what is left of the width goes to the signs between the matrices
     gap = min(80.0, (800 - 2 * _MARGIN_PX - sum(slots)) / 2)
     left = _MARGIN_PX
-    signs = ("+", "\u00b7", "")
+    signs = ("+", "\u00d7", "")
     for box, lines, slot, sign in zip(matrices, texts, slots, signs, strict=True):
         _, box_wide, box_high, _, _, colour, hatch = box
         bottom = foot + (high - box_high) / 2
@@ -75,9 +78,10 @@ def draw_lora_shapes(in_features: int, out_features: int, rank: int, name: str =
         centre = left + slot + gap / 2
         put_text(fig, centre, foot + high / 2, sign, fontsize=18, ha="center", gid="sign")
         left += slot + gap
-    put_text(fig, _MARGIN_PX, foot - 18 - 2 * LINE_PX, _share_line(in_features, out_features, rank))
-    if caption:
-        put_text(fig, _MARGIN_PX, 16, caption, gid="caption")
+    share = _share_line(in_features, out_features, rank)
+    put_text(fig, _MARGIN_PX, foot - 26 - 2 * LINE_PX, share, gid="share")
+    for row, caption in enumerate(reversed(captions)):
+        put_text(fig, _MARGIN_PX, 16 + LINE_PX * row, caption, gid="caption")
     put_title(fig, _MARGIN_PX, f"{name or 'One layer'}: y = W x + (alpha / {rank}) B A x")
     return fig
 
@@ -94,9 +98,9 @@ def describe_lora_shapes(in_features: int, out_features: int, rank: int, name: s
     _check(in_features, out_features, rank)
     added, base = rank * (in_features + out_features), in_features * out_features
     return (
-        f"{name or 'The layer'} has a frozen 4-bit weight W of {out_features:,} x {in_features:,} = "
-        f"{base:,} numbers. Beside it, LoRA of rank {rank} trains A ({rank} x {in_features:,}) and "
-        f"B ({out_features:,} x {rank}), together {added:,} numbers, {added / base:.2%} of W."
+        f"{name or 'The layer'} has a frozen 4-bit weight W of {out_features:,} x {in_features:,} "
+        f"= {base:,} numbers. Beside it, LoRA of rank {rank} trains A ({rank} x {in_features:,}) "
+        f"and B ({out_features:,} x {rank}), together {added:,} numbers, {added / base:.2%} of W."
     )
 
 
@@ -105,17 +109,18 @@ def _share_line(in_features: int, out_features: int, rank: int) -> str:
     return f"A and B: {added:,} parameters, {added / (in_features * out_features):.2%} of W"
 
 
-def _caption(in_features: int, out_features: int, rank: int, scale: float) -> str:
-    thick = [
-        f"{what} {_THINNEST_PX / (n * scale):.0f} times"
-        for what, n in (
-            ("the thin side of A and B", rank),
-            ("the height of W and B", out_features),
-            ("the width of W and A", in_features),
-        )
-        if _THINNEST_PX / (n * scale) >= 1.5
+def _captions(in_features: int, out_features: int, rank: int, scale: float) -> list[str]:
+    sides = (
+        ("the short side of A and B", rank),
+        ("the height of W and B", out_features),
+        ("the width of W and A", in_features),
+    )
+    factors = [(side, _THINNEST_PX / (numbers * scale)) for side, numbers in sides]
+    return [
+        f"Not to scale: {side} is {factor:.0f} times too long, so that it can be seen."
+        for side, factor in factors
+        if factor >= 1.5
     ]
-    return f"To be seen, drawn too thick: {', '.join(thick)}." if thick else ""
 
 
 def _check(in_features: int, out_features: int, rank: int) -> None:

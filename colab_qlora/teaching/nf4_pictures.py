@@ -56,7 +56,9 @@ def draw_nf4_levels() -> Figure:
     for code, level in enumerate(levels):
         put_text(fig, _x_px(ax, level), 46, str(code), ha="center", gid="code")
     ax.spines["left"].set_visible(False)
-    put_text(fig, 34, 358, "curve: how many weights there are; band: the weights that round to its line")
+    put_text(
+        fig, 34, 358, "curve: how many weights there are; band: the weights that round to its line"
+    )
     put_text(fig, 400, 16, "level, and below it the 4-bit code that is stored", ha="center")
     put_title(fig, 34, "NF4: sixteen levels, closest where weights are most")
     return fig
@@ -126,14 +128,15 @@ def describe_weight_histogram(pair: WeightPair) -> str:
     """
     rows, columns = pair.shape
     after = pair.after.float()
+    zeros = (after == 0).float().mean()
     error = "Its weights before quantisation are not on this disk, so the error is not known"
     if pair.relative_error is not None:
         error = f"Quantisation moved the weights by {pair.relative_error:.1%} (root mean square)"
     return (
         f"{pair.name} has {rows:,} x {columns:,} weights, now from {after.min():.3g} to "
-        f"{after.max():.3g}. {(after == 0).float().mean():.1%} of them are exactly 0, the one value "
-        f"that all blocks of {pair.block_size} share; the others gather on 15 levels that each "
-        f"block scales for itself. {error}, and one weight takes {pair.bits_per_weight:.2f} bits."
+        f"{after.max():.3g}. {zeros:.1%} of them are exactly 0, the one value that all blocks of "
+        f"{pair.block_size} share; the others gather on 15 levels that each block scales for "
+        f"itself. {error}, and one weight takes {pair.bits_per_weight:.2f} bits."
     )
 
 

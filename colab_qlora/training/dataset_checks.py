@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 from datasets import Dataset, IterableDataset
@@ -20,7 +20,7 @@ def as_dataset(rows: Any, name: str) -> Any:
     Raises:
         UserError: nothing was passed, it has no rows, or it is of another type.
     """
-    if isinstance(rows, (list, tuple)) and rows and all(isinstance(row, dict) for row in rows):
+    if isinstance(rows, Sequence) and rows and all(isinstance(row, dict) for row in rows):
         return Dataset.from_list(list(rows))
     if isinstance(rows, dict) and rows and name == "eval_dataset":
         return {key: as_dataset(value, name) for key, value in rows.items()}
@@ -69,7 +69,8 @@ def check_dataset(
         return None
     return (
         f"{report.rows_truncated} of {report.rows} {name} rows ({report.share_truncated:.0%}) "
-        f"are longer than {args.max_length} tokens and lose their end (the longest has {report.tokens_max})"
+        f"are longer than {args.max_length} tokens and lose their end "
+        f"(the longest has {report.tokens_max})"
     )
 
 

@@ -10,15 +10,12 @@ import subprocess
 import sys
 from pathlib import Path
 
-import matplotlib
 import numpy as np
 import pytest
 from matplotlib.colors import to_rgb
 
 from colab_qlora.curves import describe_curves, draw_curves, figure_bundle, save_png
 from colab_qlora.curves.artists import DARK, LIGHT
-from colab_qlora.curves.layout import pack_rows, shorten, spread
-from colab_qlora.curves.series import smooth_losses, thin
 from colab_qlora.errors import UserError
 
 REPO = Path(__file__).resolve().parents[2]
@@ -271,56 +268,6 @@ def test_pyplot_and_the_settings_are_left_alone():
     subprocess.run([sys.executable, "-c", code], check=True, env=environment)
 
 
-def test_words_for_one_run():
-    text = describe_curves(make_run(rise=2.0))
-    assert text == (
-        "Train loss goes from 2.199 to 1.028 over steps 1 to 200 (medians of the first 10 and last "
-        "20 of 200 points). Eval loss goes from 2.500 before training to 2.303 at step 200, lowest "
-        "1.227 at step 80."
-    )
-
-
-@pytest.mark.parametrize(
-    ("records", "text"),
-    [
-        ([{"step": 3, "loss": 2}], "Train loss is 2.000 at step 3. Eval loss was not logged."),
-        (
-            [{"step": 0, "eval_loss": 2.5}],
-            "Train loss was not logged. Eval loss is 2.500 at step 0, before training.",
-        ),
-        (
-            [{"step": 5, "eval_loss": 2.5}, {"step": 9, "eval_loss": 1e-3}],
-            "Train loss was not logged. "
-            "Eval loss goes from 2.500 at step 5 to 0.001 at step 9, lowest 0.001 at step 9.",
-        ),
-        (
-            [{"step": 1, "loss": 12345.0}, {"step": 2, "loss": math.nan}],
-            "Train loss is 1.23e+04 at step 1. Eval loss was not logged. "
-            "The log has 1 value that is nan or inf, the first at step 2.",
-        ),
-        (
-            [{"step": 4, "loss": math.inf}, {"step": 4, "eval_loss": math.nan}],
-            "Train loss has no finite value. Eval loss has no finite value. "
-            "The log has 2 values that are nan or inf, the first at step 4.",
-        ),
-    ],
-)
-def test_words_for_short_runs(records, text):
-    assert describe_curves(records) == text
-
-
-def test_words_for_a_comparison():
-    runs = {
-        "a": [{"step": 1, "loss": 2.0}, {"step": 2, "loss": 1.0}],
-        "b": [{"step": 0, "eval_loss": 2.0}, {"step": 2, "eval_loss": math.nan}],
-    }
-    assert describe_curves(runs) == (
-        "Train loss: a goes from 2.000 to 1.000 over steps 1 to 2; b was not logged. "
-        "Eval loss: a was not logged; b is 2.000 at step 0, before training. "
-        "Values that are nan or inf: b 1, the first at step 2."
-    )
-
-
 def test_save_png(tmp_path):
     fig = draw_curves(make_run())
     path = save_png(fig, tmp_path / "new" / "loss.png")
@@ -369,54 +316,3 @@ def test_wrong_pictures():
         draw_curves({str(k): make_run() for k in range(7)})
     with pytest.raises(UserError, match="too small .* got 300 x 450 px"):
         draw_curves(make_run(), width_px=300)
-
-
-def test_smooth_losses_has_no_start_bias_and_skips_nan():
-    assert smooth_losses(np.full(50, 2.0)) == pytest.approx(2.0)
-    smoothed = smooth_losses(np.array([1.0, math.nan, 1.0]))
-    np.testing.assert_allclose(smoothed, [1.0, math.nan, 1.0])
-    # after one half-life (100 / 20 points) a step is half way, beside the weight of the start
-    step = smooth_losses(np.r_[np.zeros(80), np.ones(20)])
-    assert step[84] == pytest.approx(0.5, abs=1e-4)
-
-
-def test_thin_keeps_few_points_and_gaps():
-    assert thin(np.arange(10.0), 5).tolist() == list(range(10))
-    losses = np.ones(1000)
-    losses[500] = math.nan
-    chosen = thin(losses, 10)
-    assert 500 in chosen
-    assert chosen.size < 60
-
-
-@pytest.mark.parametrize("seed", range(20))
-def test_spread_keeps_order_gap_and_limits(seed):
-    rng = np.random.default_rng(seed)
-    targets = rng.uniform(0, 100, rng.integers(1, 6)).tolist()
-    placed = spread(targets, 20, 0, 100)
-    ordered = sorted(placed)
-    assert all(b - a >= 20 - 1e-9 for a, b in itertools.pairwise(ordered))
-    assert ordered[0] >= 0 and ordered[-1] <= 100 + 1e-9
-    assert np.argsort(targets).tolist() == np.argsort(placed).tolist()
-
-
-def test_spread_moves_only_what_it_must():
-    assert spread([10, 50, 90], 20, 0, 100) == [10, 50, 90]
-    assert spread([50, 50, 0], 20, 0, 100) == [40, 60, 0]
-    assert spread([], 20, 0, 100) == []
-
-
-def test_pack_rows():
-    assert pack_rows([50, 300, 60], [80, 80, 80], 0, 400) == [(10, 0), (260, 0), (20, 1)]
-    assert pack_rows([0, 400], [80, 80], 0, 400) == [(0, 0), (320, 0)]
-    assert pack_rows([0], [500], 10, 400) == [(10, 0)]
-
-
-def test_shorten():
-    assert shorten("short", 5) == "short"
-    assert shorten("learning rate 2e-4", 11) == "lear...2e-4"
-    assert len(shorten("learning rate 2e-4", 10)) == 10
-
-
-def test_the_installed_matplotlib_is_one_that_is_supported():
-    assert tuple(map(int, matplotlib.__version__.split(".")[:2])) >= (3, 10)

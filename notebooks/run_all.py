@@ -1,0 +1,137 @@
+"""Execute the notebooks in order with papermill and leave the results in one folder.
+
+    python notebooks/run_all.py [--out out] [--model embedded] [--force] [NAME ...] [-p NAME VALUE ...]
+
+A notebook whose source, parameters and kit are the same as in the last complete run is not run again.
+"""
+
+from __future__ import annotations
+
+import argparse
+import hashlib
+import json
+import os
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+HERE = Path(__file__).resolve().parent
+ORDER = (
+    "00_quickstart",
+    "01_install",
+    "02_load_4bit_model",
+    "03_attach_lora",
+    "04_format_data",
+    "05_train",
+    "06_read_loss_curves",
+)
+CELL_TIMEOUT_SECONDS = 1800
+
+
+def main() -> int:
+    """Run the notebooks; exit status 1 if one of them failed."""
+    options = _parse()
+    out = Path(options.out).absolute()
+    (out / "notebooks").mkdir(parents=True, exist_ok=True)
+    stamps_file = out / "notebooks" / "done.json"
+    stamps = json.loads(stamps_file.read_text()) if stamps_file.is_file() else {}
+    began = time.monotonic()
+    before = _hash_files(sorted((HERE.parent / "colab_qlora").rglob("*.py")))
+    for name in options.names or ORDER:
+        parameters = _parameters(name, out, options)
+        # a stage builds on the ones before it, so its stamp builds on theirs too
+        before = _hash_files([HERE / f"{name}.ipynb"], before + json.dumps(parameters))
+        if stamps.get(name) == before and not options.force:
+            print(f"{name}: unchanged since the last run", flush=True)
+            continue
+        stamps.pop(name, None)
+        seconds = _execute(name, parameters, out)
+        if seconds is None:
+            return 1
+        print(f"{name}: done in {seconds:.0f} s", flush=True)
+        stamps[name] = before
+        stamps_file.write_text(json.dumps(stamps, indent=1) + "\n")
+    _summary(out, time.monotonic() - began)
+    return 0
+
+
+def _parse() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("names", nargs="*", help="notebooks to run; all of them if none is named")
+    parser.add_argument("--out", default="out", help="folder for everything that the run leaves")
+    parser.add_argument("--model", default="embedded", help="model_name of every notebook")
+    parser.add_argument("--force", action="store_true", help="run unchanged notebooks again")
+    parser.add_argument(
+        "-p",
+        dest="parameters",
+        nargs=2,
+        action="append",
+        default=[],
+        metavar=("NAME", "VALUE"),
+        help="a further parameter, given to the notebooks that have it (VALUE is JSON or text)",
+    )
+    return parser.parse_args()
+
+
+def _parameters(name: str, out: Path, options: argparse.Namespace) -> dict[str, Any]:
+    """Those parameters that this notebook's parameter cell knows."""
+    wanted: dict[str, Any] = {"work_dir": str(out), "model_name": options.model}
+    for key, value in options.parameters:
+        try:
+            wanted[key] = json.loads(value)
+        except ValueError:
+            wanted[key] = value
+    notebook = json.loads((HERE / f"{name}.ipynb").read_text(encoding="utf-8"))
+    cells = [c for c in notebook["cells"] if "parameters" in c["metadata"].get("tags", [])]
+    known = {line.split(":")[0].split("=")[0].strip() for line in "".join(cells[0]["source"]).split("\n")}
+    return {key: value for key, value in wanted.items() if key in known}
+
+
+def _hash_files(paths: list[Path], start: str = "") -> str:
+    digest = hashlib.sha256(start.encode())
+    for path in paths:
+        digest.update(path.read_bytes())
+    return digest.hexdigest()
+
+
+def _execute(name: str, parameters: dict[str, Any], out: Path) -> float | None:
+    import papermill
+
+    print(f"\n== {name} {parameters}", flush=True)
+    # imports of a notebook start from its folder; the kit must be found there when it is not installed
+    os.environ["PYTHONPATH"] = os.pathsep.join(
+        filter(None, [str(HERE.parent), os.environ.get("PYTHONPATH", "")])
+    )
+    began = time.monotonic()
+    try:
+        papermill.execute_notebook(
+            str(HERE / f"{name}.ipynb"),
+            str(out / "notebooks" / f"{name}.ipynb"),
+            parameters=parameters,
+            kernel_name="python3",
+            cwd=str(out),
+            progress_bar=False,
+            stdout_file=sys.stdout,
+            stderr_file=sys.stderr,
+            execution_timeout=CELL_TIMEOUT_SECONDS,
+        )
+    except papermill.PapermillExecutionError as error:
+        print(f"\n{name} failed in cell {error.exec_count}: {error.ename}: {error.evalue}", flush=True)
+        print(f"the notebook up to there: {out / 'notebooks' / (name + '.ipynb')}", flush=True)
+        return None
+    return time.monotonic() - began
+
+
+def _summary(out: Path, seconds: float) -> None:
+    print(f"\nall notebooks done in {seconds:.0f} s; results in {out}")
+    for path in sorted(out.iterdir()):
+        print("  " + path.name + ("/" if path.is_dir() else ""))
+    answers = out / "answers.json"
+    if answers.is_file():
+        content = json.loads(answers.read_text(encoding="utf-8"))
+        print(f"question: {content['question']}\nbefore:   {content['before']}\nafter:    {content['after']}")
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())
