@@ -61,7 +61,9 @@ def test_import_loads_no_heavy_package_and_prints_nothing() -> None:
 
 
 def test_import_is_fast() -> None:
-    code = "import time; t = time.perf_counter(); import colab_qlora; print(time.perf_counter() - t)"
+    code = (
+        "import time; t = time.perf_counter(); import colab_qlora; print(time.perf_counter() - t)"
+    )
     assert min(float(_run(code)) for _ in range(3)) < 0.5
 
 

@@ -12,10 +12,18 @@ head size, n heads, R the sum of the seven ranks, and b = 2 bytes a value (4 in 
     b * R               x A^T of each adapter
     4 n + 8             log-sum-exp of the attention, one float32 of each RMSNorm
 
-For Llama-3-8B (H 4096, I 14336, Q 4096, K 1024, n 32, rank 16): 184,680 bytes, table B2 of the
-project's notes on activations. On a CPU under autocast PEFT does not see the autocast and makes
-float32 copies, so that q, k, v, o, gate and up each save a cast of their own input, b * (3 H + Q)
-more: 217,448 bytes. A list of what a fused layer needs at least comes to 94,568 (table B3).
+For Llama-3-8B (H 4096, I 14336, Q 4096, K 1024, n 32, rank 16) that is 184,680 bytes, as table B2
+of the project's notes on activations has it, and as torch.cuda.memory_allocated showed on an H100
+in bfloat16. On a CPU under autocast PEFT does not see the autocast and makes float32 copies, so
+that q, k, v, o, gate and up each save a cast of their own input, b * (3 H + Q) more: 217,448 bytes
+(B2: 217,312, without log-sum-exp and the norms). A fused layer needs 94,568 at least (table B3).
+
+More is kept where scaled-dot-product attention cannot use its lean kernels. Measured with
+Llama-3-8B's shapes on an H100, 2 x 2048 tokens: with a padding mask 16,384 bytes more (keys and
+values repeated for all heads, and a row of the mask). Without flash attention, as on a T4, and
+without a mask, transformers asks for grouped key/value heads, which only the plain kernel has
+there: 4 n T for the attention matrix and 36,736 more are kept (T tokens in a sequence), and the
+backward pass takes about twice that again. The formula has none of this.
 """
 
 from __future__ import annotations
@@ -118,3 +126,15 @@ def layer_bytes_per_token(
 def layer_input_bytes_per_token(shape: LayerShape, value_bytes: int = 2) -> int:
     """Bytes that a checkpointed layer keeps for one token: its input, nothing else."""
     return value_bytes * shape.hidden
+
+
+def other_bytes_per_token(
+    shape: LayerShape, value_bytes: int = 2, checkpointing: bool = True
+) -> int:
+    """Bytes kept for one token outside the layers.
+
+    The last RMSNorm keeps its input in float32 and its output, which the head reads. The
+    embedding's output is a checkpointed layer's input already; otherwise it stays as well.
+    """
+    values = shape.hidden if checkpointing else 2 * shape.hidden
+    return 4 * shape.hidden + 4 + value_bytes * values

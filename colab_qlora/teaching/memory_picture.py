@@ -46,7 +46,8 @@ def draw_memory(parts: Sequence[MemoryPart], limit_gib: float | None = None) -> 
     """Draw the parts as one bar, with a list of all of them beneath.
 
     Args:
-        parts: from `memory_parts` or `weight_parts`; those of size 0 are left out.
+        parts: from `memory_parts` or `weight_parts`; those of size 0 are left out, and those that
+            are not there at the peak are in the list only.
         limit_gib: the GPU's memory in GiB, drawn as a line; 14.74 for a Colab T4.
 
     Returns:
@@ -57,12 +58,13 @@ def draw_memory(parts: Sequence[MemoryPart], limit_gib: float | None = None) -> 
     Raises:
         UserError: there is nothing to draw, or the limit is not positive.
     """
-    parts, total = _check(parts, limit_gib)
+    parts, others, total = _check(parts, limit_gib)
+    rows = len(parts) + len(others)
     end = max(total, limit_gib or 0.0) * 1.01
     scale = (_RIGHT - _LEFT) / end
     limit = None if limit_gib is None else min(_LEFT + limit_gib * scale, _RIGHT)
-    fig = blank_figure(800, 246 + LINE_PX * len(parts))
-    bar = 84 + LINE_PX * len(parts)
+    fig = blank_figure(800, 246 + LINE_PX * rows)
+    bar = 84 + LINE_PX * rows
     left, centres = _LEFT, []
     for number, part in enumerate(parts):
         wide = max(part.gib * scale, _LEAST_SEGMENT_PX)
@@ -71,7 +73,7 @@ def draw_memory(parts: Sequence[MemoryPart], limit_gib: float | None = None) -> 
         _label_wide_segment(fig, part, (left, left + wide), bar + _BAR_PX, limit)
         left += wide
     _draw_keys(fig, centres, bar)
-    _draw_list(fig, parts)
+    _draw_list(fig, parts, others)
     title = f"{_size(total)} in all"
     if limit_gib is not None and limit is not None:
         _draw_limit(fig, limit, limit_gib, bar)
@@ -94,7 +96,7 @@ def describe_memory(parts: Sequence[MemoryPart], limit_gib: float | None = None)
     Raises:
         UserError: there is nothing to describe, or the limit is not positive.
     """
-    parts, total = _check(parts, limit_gib)
+    parts, _, total = _check(parts, limit_gib)
     largest = max(parts, key=lambda part: part.gib)
     measured = sum(part.gib for part in parts if part.is_measured)
     kinds = "all of it measured"
@@ -143,15 +145,19 @@ def _draw_keys(fig: Figure, centres: Sequence[float], bar: float) -> None:
         put_text(fig, x, bar - 28, str(number), ha="center", gid="key")
 
 
-def _draw_list(fig: Figure, parts: Sequence[MemoryPart]) -> None:
-    head = max(text_width(fig, part.name) for part in parts) + 66
+def _draw_list(fig: Figure, parts: Sequence[MemoryPart], others: Sequence[MemoryPart]) -> None:
+    rows = [*parts, *others]
+    head = max(text_width(fig, part.name) for part in rows) + 66
     size = head + 84
     legend = "plain: measured; hatched: computed or assumed"
-    put_text(fig, _LEFT, 20 + LINE_PX * len(parts), legend, gid="legend")
-    for number, part in enumerate(parts):
-        y = 14 + LINE_PX * (len(parts) - 1 - number)
-        put_text(fig, _LEFT + 16, y, str(number + 1), ha="right", gid="row")
-        _swatch(fig, _LEFT + 26, y - 6, 24, 13, number, part)
+    if others:
+        legend += "; not numbered: at another moment"
+    put_text(fig, _LEFT, 20 + LINE_PX * len(rows), legend, gid="legend")
+    for number, part in enumerate(rows):
+        y = 14 + LINE_PX * (len(rows) - 1 - number)
+        if number < len(parts):
+            put_text(fig, _LEFT + 16, y, str(number + 1), ha="right", gid="row")
+            _swatch(fig, _LEFT + 26, y - 6, 24, 13, number, part)
         put_text(fig, _LEFT + 58, y, part.name, gid="row")
         put_text(fig, _LEFT + size, y, _size(part.gib), ha="right", gid="row")
         note = _shortened(fig, part.note, _RIGHT - _LEFT - size - 16)
@@ -187,12 +193,16 @@ def _fits(total: float, limit_gib: float) -> str:
     return f"does not fit in {limit_gib:g} GiB: {_size(-left)} too much"
 
 
-def _check(parts: Sequence[MemoryPart], limit_gib: float | None) -> tuple[list[MemoryPart], float]:
-    shown = [part for part in parts if part.gib > 0]
+def _check(
+    parts: Sequence[MemoryPart], limit_gib: float | None
+) -> tuple[list[MemoryPart], list[MemoryPart], float]:
+    """The parts at the peak, the others, and the total of the former; empty ones are left out."""
+    shown = [part for part in parts if part.gib > 0 and part.is_at_peak]
+    others = [part for part in parts if part.gib > 0 and not part.is_at_peak]
     if not shown:
         raise UserError("there is no memory to show", got=f"{len(parts)} parts, all empty")
     if limit_gib is not None and limit_gib <= 0:
         raise UserError(
             "limit_gib is not a size", got=limit_gib, allowed="GiB, e.g. 14.74 for a Colab T4"
         )
-    return shown, sum(part.gib for part in shown)
+    return shown, others, sum(part.gib for part in shown)

@@ -48,6 +48,7 @@ class SFTConfig(trl.SFTConfig):
                 )
             fields["max_length"] = fields.pop("max_seq_length")
         has_gpu = torch.cuda.is_available()
+        precision_was_given = bool(fields.get("bf16") or fields.get("fp16"))
         if fields.get("bf16") is None and fields.get("fp16") is None:
             dtype = pick_compute_dtype()
             fields["bf16"] = dtype == torch.bfloat16
@@ -58,6 +59,7 @@ class SFTConfig(trl.SFTConfig):
         fields.setdefault("report_to", "none")
         super().__init__(output_dir=output_dir, **fields)
         self.max_length_was_given = "max_length" in fields
+        self.precision_was_given = precision_was_given
 
 
 def fit_arguments(
@@ -119,7 +121,8 @@ def _precision(args: Any, model: Any, say: Callable[[str], None]) -> dict[str, A
     if not on_gpu and possible == "fp16":
         possible = None
     asked = "bf16" if args.bf16 else "fp16" if args.fp16 else None
-    if asked is not None and asked != possible:
+    was_given = getattr(args, "precision_was_given", True)
+    if asked is not None and asked != possible and was_given:
         instead = {"bf16": "bfloat16", "fp16": "float16", None: "float32"}[possible]
         where = torch.cuda.get_device_name() if on_gpu else "the CPU"
         say(

@@ -169,6 +169,9 @@ class SFTTrainer(trl.SFTTrainer):
             resume_from_checkpoint = str(found) if found else None
         elif resume_from_checkpoint:
             resume_from_checkpoint = check_checkpoint(resume_from_checkpoint)
+        eval_on_start = self.args.eval_on_start
+        # a resumed run has its evaluation before the first step in the log already
+        self.args.eval_on_start = eval_on_start and not resume_from_checkpoint
         try:
             return super().train(resume_from_checkpoint=resume_from_checkpoint, **kwargs)
         except KeyboardInterrupt:
@@ -182,6 +185,7 @@ class SFTTrainer(trl.SFTTrainer):
                 self._stop_disk_full(error, folder)
             raise
         finally:
+            self.args.eval_on_start = eval_on_start
             self._loss_log.close()
 
     def _stop_out_of_memory(self, error: BaseException) -> NoReturn:

@@ -65,7 +65,9 @@ def test_wrong_file_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
     fake.write_bytes(b"GGUF but not ours")
     monkeypatch.setenv("COLAB_QLORA_CACHE", str(tmp_path / "cache"))
     monkeypatch.setenv(embedded.WHEEL_VARIABLE, str(fake))
-    with pytest.raises(UserError, match=r"not the expected one: got SHA-256 \w{64}; allowed: b179c"):
+    with pytest.raises(
+        UserError, match=r"not the expected one: got SHA-256 \w{64}; allowed: b179c"
+    ):
         embedded.embedded_model_path()
     assert not (tmp_path / "cache" / embedded.FOLDER_NAME).exists()
 

@@ -1,4 +1,4 @@
-"""Loading: a plain transformers model in 4 bit, and one clear error for each thing that is wrong."""
+"""Loading: a plain transformers model in 4 bit, and one clear error for each thing wrong."""
 
 from __future__ import annotations
 

@@ -1,0 +1,246 @@
+"""The trainer: what it accepts, what it computes, and what it leaves when something goes wrong."""
+
+from __future__ import annotations
+
+import errno
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+torch = pytest.importorskip("torch")
+pytest.importorskip("trl")
+
+from trainer_helpers import ROWS, losses_of  # noqa: E402
+
+from colab_qlora import FastLanguageModel, SFTTrainer, UserError, read_log  # noqa: E402
+from colab_qlora.training.resume import last_complete_checkpoint, what_is_missing  # noqa: E402
+
+pytestmark = pytest.mark.model
+Make = Callable[..., Any]
+
+
+def test_it_learns_and_adapters_stay_float32(make_trainer: Make) -> None:
+    trainer = make_trainer(max_steps=20, dtype="bfloat16")
+    dtypes = {p.dtype for p in trainer.model.parameters() if p.requires_grad}
+    assert dtypes == {torch.float32}
+    trainer.train()
+    losses = losses_of(trainer)
+    assert len(losses) == 20
+    assert losses[-1] < losses[0] - 0.5
+
+
+def test_adapters_start_as_peft_made_them(make_trainer: Make, tiny_model_folder: Path) -> None:
+    model, _ = FastLanguageModel.from_pretrained(str(tiny_model_folder), 64, dtype="float32")
+    model = FastLanguageModel.get_peft_model(model, r=4, random_state=1)
+    start = {n: p.detach().clone() for n, p in model.named_parameters() if p.requires_grad}
+    trainer = make_trainer()
+    for name, parameter in trainer.model.named_parameters():
+        if parameter.requires_grad:
+            assert torch.equal(parameter, start[name]), name
+
+
+def test_accumulated_step_equals_the_whole_batch(make_trainer: Make, tmp_path: Path) -> None:
+    # rows of very different length: averaging the means of the parts would give another loss
+    rows = [{"prompt": "Count:\n", "completion": " one two three" * n} for n in (1, 2, 5, 9)]
+    results = []
+    for batch, accumulation in ((4, 1), (1, 4), (2, 2)):
+        trainer = make_trainer(
+            tmp_path / f"{batch}x{accumulation}",
+            rows=rows,
+            per_device_train_batch_size=batch,
+            gradient_accumulation_steps=accumulation,
+            max_steps=2,
+            optim="adamw_torch",
+        )
+        trainer.train()
+        weights = torch.cat([p.flatten() for p in trainer.model.parameters() if p.requires_grad])
+        results.append((losses_of(trainer), weights.detach()))
+    for losses, weights in results[1:]:
+        assert losses == pytest.approx(results[0][0], abs=1e-6)
+        # an AdamW step moves a weight by up to the learning rate, whatever its gradient
+        difference = (weights - results[0][1]).abs()
+        assert difference.norm() <= 1e-4 * results[0][1].norm()
+
+
+def test_evaluation_comes_first_and_does_not_disturb(make_trainer: Make, tmp_path: Path) -> None:
+    plain = make_trainer(tmp_path / "a")
+    plain.train()
+    evaluated = make_trainer(
+        tmp_path / "b", eval_rows=ROWS[:4], eval_strategy="steps", eval_steps=2
+    )
+    evaluated.train()
+    history = evaluated.state.log_history
+    assert [e["step"] for e in history if "eval_loss" in e] == [0, 2, 4]
+    assert losses_of(evaluated) == losses_of(plain)
+
+
+def test_older_arguments(tiny_model_folder: Path, tmp_path: Path) -> None:
+    from transformers import TrainingArguments
+
+    model, tokenizer = FastLanguageModel.from_pretrained(str(tiny_model_folder), 64)
+    model = FastLanguageModel.get_peft_model(model, r=2)
+    trainer = SFTTrainer(
+        model=model,
+        tokenizer=tokenizer,
+        train_dataset=[{"words": f"text number {i}"} for i in range(4)],
+        dataset_text_field="words",
+        max_seq_length=16,
+        packing=False,
+        dataset_num_proc=None,
+        args=TrainingArguments(str(tmp_path), fp16=True, max_steps=1),
+    )
+    assert trainer.args.max_length == 16
+    assert trainer.processing_class is tokenizer
+    assert trainer.train().global_step == 1
+
+
+def test_loss_log_is_on_disk(make_trainer: Make, tmp_path: Path) -> None:
+    trainer = make_trainer(eval_rows=ROWS[:4])
+    trainer.train()
+    log = read_log(tmp_path / "out" / "loss_log.jsonl")
+    trained = [r for r in log.records if "loss" in r]
+    assert [r["step"] for r in trained] == [1, 2, 3, 4]
+    assert [r["loss"] for r in trained] == losses_of(trainer)
+    assert all(r["learning_rate"] > 0 and r["grad_norm"] > 0 for r in trained)
+    assert trained[-1]["tokens"] > trained[0]["tokens"] > 0
+    assert trained[-1]["seconds"] >= trained[0]["seconds"] > 0
+    assert log.run["learning_rate"] == 1e-2
+    assert log.run["r"] == 4
+
+
+def test_second_run_in_the_same_folder_moves_the_old_log_aside(
+    make_trainer: Make, tmp_path: Path
+) -> None:
+    make_trainer(max_steps=2).train()
+    make_trainer(max_steps=3).train()
+    assert len(read_log(tmp_path / "out" / "loss_log.jsonl").records) == 3
+    assert len(read_log(tmp_path / "out" / "loss_log-1.jsonl").records) == 2
+
+
+def test_progress_is_one_kind_of_line(
+    make_trainer: Make, capsys: pytest.CaptureFixture[str]
+) -> None:
+    make_trainer(max_steps=3).train()
+    printed = capsys.readouterr().out
+    assert "step 1/3 | loss " in printed
+    assert "step 3/3 | loss " in printed
+    assert "{'loss'" not in printed
+
+
+@pytest.mark.parametrize(
+    ("rows", "message"),
+    [
+        (None, "train_dataset is not a dataset: got NoneType"),
+        ([], "train_dataset is not a dataset: got list"),
+        ("rows.jsonl", "train_dataset is not a dataset: got str"),
+        ([{"question": "a", "answer": "b"}], "no column to train on: got question, answer"),
+    ],
+)
+def test_bad_datasets(make_trainer: Make, rows: Any, message: str) -> None:
+    with pytest.raises(UserError, match=message):
+        make_trainer(rows=rows)
+
+
+def test_empty_dataset(make_trainer: Make) -> None:
+    from datasets import Dataset
+
+    with pytest.raises(UserError, match="train_dataset has no rows"):
+        make_trainer(rows=Dataset.from_dict({"text": []}))
+
+
+def test_rows_without_labels_are_refused(make_trainer: Make) -> None:
+    rows = [*ROWS[:3], {"prompt": "word " * 100, "completion": "end"}]
+    with pytest.raises(UserError, match=r"1 of 4 rows .* no labelled token left"):
+        make_trainer(rows=rows)
+
+
+def test_cut_rows_are_counted(make_trainer: Make, capsys: pytest.CaptureFixture[str]) -> None:
+    rows = [*ROWS[:3], {"prompt": "Count:\n", "completion": "word " * 100}]
+    trainer = make_trainer(rows=rows)
+    assert "1 of 4 train rows (25%) are longer than 64 tokens" in capsys.readouterr().out
+    assert len(trainer.notes) == 1
+
+
+def test_output_folder_that_cannot_be_written(make_trainer: Make) -> None:
+    with pytest.raises(UserError, match="cannot be written to: got Not a directory"):
+        make_trainer(Path("/dev/null/out"))
+
+
+def test_model_name_instead_of_a_model() -> None:
+    with pytest.raises(UserError, match="needs a loaded model: got 'embedded'"):
+        SFTTrainer(model="embedded")
+
+
+def test_tokenizer_given_twice(tiny_model_folder: Path) -> None:
+    model, tokenizer = FastLanguageModel.from_pretrained(str(tiny_model_folder), 64)
+    with pytest.raises(UserError, match="tokenizer and processing_class differ"):
+        SFTTrainer(model=model, tokenizer=tokenizer, processing_class=object())
+
+
+def _fail_at(trainer: Any, step: int, error: BaseException) -> None:
+    """Make the trainer's next training step after `step` finished ones raise `error`."""
+    stock = trainer.training_step
+
+    def training_step(*args: Any, **kwargs: Any) -> Any:
+        if trainer.state.global_step == step:
+            raise error
+        return stock(*args, **kwargs)
+
+    trainer.training_step = training_step
+
+
+def test_out_of_memory_saves_the_last_step_and_says_what_to_change(
+    make_trainer: Make, tmp_path: Path
+) -> None:
+    whole = make_trainer(tmp_path / "whole", max_steps=6)
+    whole.train()
+    trainer = make_trainer(max_steps=6)
+    _fail_at(trainer, 3, torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB. x"))
+    with pytest.raises(UserError) as caught:
+        trainer.train()
+    message = str(caught.value)
+    assert "out of memory at 2 rows x 64 tokens" in message
+    assert "step 3 is saved in" in message
+    assert "per_device_train_batch_size=1 and gradient_accumulation_steps=4" in message
+    resumed = make_trainer(max_steps=6)
+    resumed.train(resume_from_checkpoint=True)
+    assert losses_of(resumed) == losses_of(whole)
+
+
+def test_interrupt_saves_the_last_step(make_trainer: Make, tmp_path: Path) -> None:
+    trainer = make_trainer()
+    _fail_at(trainer, 2, KeyboardInterrupt())
+    with pytest.raises(KeyboardInterrupt):
+        trainer.train()
+    assert last_complete_checkpoint(tmp_path / "out") == tmp_path / "out" / "checkpoint-2"
+    assert len(read_log(tmp_path / "out" / "loss_log.jsonl").records) == 2
+
+
+def test_full_disk_leaves_earlier_checkpoints_whole(
+    make_trainer: Make, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    trainer = make_trainer(save_strategy="steps", save_steps=1)
+    stock = torch.save
+
+    def full(content: Any, target: Any, *args: Any, **kwargs: Any) -> None:
+        if trainer.state.global_step == 3:
+            raise OSError(errno.ENOSPC, "No space left on device")
+        stock(content, target, *args, **kwargs)
+
+    monkeypatch.setattr(torch, "save", full)
+    with pytest.raises(UserError, match="the disk is full: checkpoint 3 could not be written"):
+        trainer.train()
+    assert not (tmp_path / "out" / "checkpoint-3").exists()
+    assert what_is_missing(tmp_path / "out" / "checkpoint-2") is None
+    lines = (tmp_path / "out" / "loss_log.jsonl").read_text().splitlines()
+    assert [json.loads(line).get("step") for line in lines[1:]] == [1, 2, 3]
+
+
+def test_other_errors_come_through(make_trainer: Make) -> None:
+    trainer = make_trainer()
+    _fail_at(trainer, 1, RuntimeError("something else"))
+    with pytest.raises(RuntimeError, match="something else"):
+        trainer.train()
