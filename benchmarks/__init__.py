@@ -1,1 +1,1 @@
-"""Commands that print a table and write JSON to benchmarks/results/: where every figure comes from."""
+"""Commands that print a table and write JSON to benchmarks/results/: every figure's source."""

@@ -11,7 +11,16 @@ from pathlib import Path
 from typing import Any
 
 RESULTS = Path(__file__).resolve().parent / "results"
-_PACKAGES = ("torch", "triton", "transformers", "peft", "trl", "bitsandbytes", "datasets", "accelerate")
+_PACKAGES = (
+    "torch",
+    "triton",
+    "transformers",
+    "peft",
+    "trl",
+    "bitsandbytes",
+    "datasets",
+    "accelerate",
+)
 
 
 def versions() -> dict[str, str]:

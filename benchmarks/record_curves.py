@@ -1,14 +1,15 @@
 """Record the three loss curves of data_samples/curves/ with real runs of the kit.
 
-    python -m benchmarks.record_curves [healthy overfitting learning_rate_too_high] [--model embedded]
+    python -m benchmarks.record_curves [NAME ...] [--model embedded]
 
-Each run fine-tunes the model on data_samples/train.jsonl and evaluates on eval.jsonl. The log that the
-trainer wrote is the sample; nothing is edited but the output folder's name, which is left out.
+Each run fine-tunes the model on data_samples/train.jsonl and evaluates on eval.jsonl. The log that
+the trainer wrote is the sample; nothing is edited but the output folder's name, which is left out.
 """
 
 from __future__ import annotations
 
 import argparse
+import json
 import shutil
 import tempfile
 from dataclasses import dataclass
@@ -36,9 +37,9 @@ RUNS = {
     "healthy": Run(rows=256, epochs=2, learning_rate=1e-3, eval_steps=8),
     # few rows, seen often: the model learns them by heart
     "overfitting": Run(rows=32, epochs=14, learning_rate=2e-3, eval_steps=4),
-    # thirty times the healthy run's
+    # ten times the healthy run's
     "learning_rate_too_high": Run(
-        rows=256, epochs=2, learning_rate=3e-2, eval_steps=8, max_steps=40
+        rows=256, epochs=2, learning_rate=1e-2, eval_steps=8, max_steps=40
     ),
 }
 
@@ -104,8 +105,11 @@ def main() -> None:
     rows = [record_curve(name, options.model) for name in options.runs]
     for row in rows:
         print(row)
-    if len(rows) == len(RUNS):
-        print(f"wrote {record.write('record_curves', rows, model=options.model)}")
+    earlier = record.RESULTS / "record_curves.json"
+    if earlier.is_file():  # runs that are not recorded again keep their row
+        kept = json.loads(earlier.read_text(encoding="utf-8"))["rows"]
+        rows = [r for r in kept if r["run"] not in options.runs] + rows
+    print(f"wrote {record.write('record_curves', rows, model=options.model)}")
 
 
 if __name__ == "__main__":

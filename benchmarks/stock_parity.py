@@ -1,9 +1,10 @@
-"""The tutorial script, run by the kit and by stock transformers + PEFT + TRL: are the losses the same?
+"""The tutorial script, run by the kit and by stock transformers + PEFT + TRL: are the losses the
+same?
 
     python -m benchmarks.stock_parity [--model embedded] [--rows 64] [--steps -1] [--dtype float32]
 
-Same 4-bit model, same adapters at the start, same rows in the same order, same AdamW in 8 bits. Each
-side runs in a process of its own. Prints both losses at every step and the largest difference.
+Same 4-bit model, same adapters at the start, same rows in the same order, same AdamW in 8 bits.
+Each side runs in a process of its own. Prints both losses at every step and the largest difference.
 """
 
 from __future__ import annotations

@@ -56,7 +56,7 @@ def self_test(seconds: float = 5) -> SelfTest:
     except Exception as error:  # a broken torch raises more than ImportError
         return SelfTest(False, (f"torch cannot be imported: {error}",))
     try:
-        import bitsandbytes
+        bitsandbytes = import_bitsandbytes()
     except Exception as error:
         return SelfTest(False, (f"bitsandbytes cannot be imported: {error}",))
     device = "cuda" if torch.cuda.is_available() else "cpu"

@@ -1,4 +1,4 @@
-"""Shared fixtures: the embedded model once a session, no network towards a model hub, NaN-free seeds."""
+"""Shared fixtures: the embedded model once a session, a tiny model, no network to a model hub."""
 
 from __future__ import annotations
 

@@ -43,7 +43,7 @@ TORCH_NEEDS = (
 def _parse(lines: list[str]) -> dict[str, Requirement]:
     stripped = [line.strip() for line in lines]
     found = [Requirement(line) for line in stripped if line and not line.startswith("#")]
-    names = [canonicalize_name(requirement.name) for requirement in found]
+    names = [str(canonicalize_name(requirement.name)) for requirement in found]
     assert len(names) == len(set(names)), "a package is listed twice"
     return dict(zip(names, found, strict=True))
 
@@ -62,7 +62,7 @@ COLAB = {
     name: next(iter(requirement.specifier)).version
     for name, requirement in _parse(FREEZE.read_text(encoding="utf-8").splitlines()).items()
 }
-TABLE = {canonicalize_name(requirement.name): requirement for requirement in REQUIREMENTS}
+TABLE = {str(canonicalize_name(entry.name)): entry for entry in REQUIREMENTS}
 
 
 def _bounds(requirement: Requirement) -> tuple[Version, Version | None]:

@@ -19,6 +19,7 @@ import sys
 import tempfile
 import zipfile
 from pathlib import Path
+from typing import Any
 
 from colab_qlora.errors import UserError
 
@@ -29,6 +30,7 @@ GGUF_NAME = "SmolLM2-135M-Instruct.Q4_1.gguf"
 GGUF_SHA256 = "b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53"
 WHEEL_VARIABLE = "COLAB_QLORA_EMBEDDED_WHEEL"  # a wheel or GGUF file that is already on disk
 _MANIFEST = "manifest.json"
+CONVERSION = 2  # raised when the conversion changes, so that an older result is made again
 
 
 def cache_folder() -> Path:
@@ -66,8 +68,10 @@ def embedded_model_path() -> Path:
 
 def _is_intact(folder: Path) -> bool:
     try:
-        files = json.loads((folder / _MANIFEST).read_text(encoding="utf-8"))["files"]
-        for name, entry in files.items():
+        manifest = json.loads((folder / _MANIFEST).read_text(encoding="utf-8"))
+        if manifest["conversion"] != CONVERSION:
+            return False
+        for name, entry in manifest["files"].items():
             path = folder / name
             if path.stat().st_size != entry["bytes"] or _sha256(path) != entry["sha256"]:
                 return False
@@ -172,20 +176,36 @@ def _convert(gguf: Path, target: Path) -> None:
     clean = AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16)
     clean.load_state_dict(read.state_dict())
     tokenizer = AutoTokenizer.from_pretrained(**where)
-    # the file says pad == eos; a pad token of its own keeps the end of text a thing to learn
-    tokenizer.pad_token = "<|endoftext|>"
+    _set_special_tokens(tokenizer)
     tokenizer.model_max_length = config.max_position_embeddings
     clean.config.pad_token_id = tokenizer.pad_token_id
     clean.generation_config.pad_token_id = tokenizer.pad_token_id
-    clean.generation_config.eos_token_id = tokenizer.eos_token_id
+    for part in (clean.config, clean.generation_config):
+        part.bos_token_id, part.eos_token_id = tokenizer.bos_token_id, tokenizer.eos_token_id
     clean.save_pretrained(target)
     tokenizer.save_pretrained(target)
     files = {
         path.name: {"bytes": path.stat().st_size, "sha256": _sha256(path)}
         for path in sorted(target.iterdir())
     }
-    manifest = {"source": WHEEL_REQUIREMENT, "gguf_sha256": GGUF_SHA256, "files": files}
+    manifest = {"conversion": CONVERSION, "source": WHEEL_REQUIREMENT, "gguf_sha256": GGUF_SHA256, "files": files}
     (target / _MANIFEST).write_text(json.dumps(manifest, indent=1), encoding="utf-8")
+
+
+def _set_special_tokens(tokenizer: Any) -> None:
+    """Set what transformers reads differently from one release to the next.
+
+    Releases before 5.2x take the start token for the end token, which would teach the model never to
+    stop, and some give no pad token or make it the end token.
+    """
+    tokenizer.bos_token = "<|im_start|>"
+    tokenizer.eos_token = "<|im_end|>"
+    tokenizer.unk_token = tokenizer.pad_token = "<|endoftext|>"
+    # made for WordPiece: it would drop spaces before punctuation
+    tokenizer.clean_up_tokenization_spaces = False
+    ids = (tokenizer.bos_token_id, tokenizer.eos_token_id, tokenizer.pad_token_id)
+    if ids != (1, 2, 0):
+        raise UserError("the embedded tokenizer is not as expected", got=ids, allowed=(1, 2, 0))
 
 
 def _sha256(path: Path) -> str:

@@ -223,10 +223,10 @@ def _quantization(config: Any, compute_dtype: Any, four_bit: bool, eight_bit: bo
 def keep_weights_in_place(model: Any) -> None:
     """Stop 4-bit layers from repacking their weights when they are evaluated on a CPU.
 
-    On a CPU with AVX-512 bfloat16 bitsandbytes (0.49 and 0.50) repacks a layer's weights for good at
-    its first forward in evaluation mode. The repacked layer gives no gradient to its input, so a
-    training that is evaluated before or between its steps learns almost nothing, silently. The switch
-    is an attribute of each layer; the library itself stays as it is.
+    On a CPU with AVX-512 bfloat16 bitsandbytes (0.49 and 0.50) repacks a layer's weights for good
+    at its first forward in evaluation mode. The repacked layer gives no gradient to its input, so a
+    training that is evaluated before or between its steps learns almost nothing, silently. The
+    switch is an attribute of each layer; the library itself stays as it is.
     """
     for module in model.modules():
         if getattr(module, "support_avx512bf16_for_cpu", False):

@@ -24,6 +24,32 @@ def test_folder_is_a_plain_model_folder(embedded_folder: Path) -> None:
     assert (config["num_hidden_layers"], config["hidden_size"]) == (30, 576)
 
 
+def test_special_tokens_are_right_in_every_release(embedded_folder: Path) -> None:
+    from transformers import AutoConfig, AutoTokenizer
+
+    tokenizer = AutoTokenizer.from_pretrained(embedded_folder)
+    tokens = (tokenizer.bos_token, tokenizer.eos_token, tokenizer.pad_token)
+    assert tokens == ("<|im_start|>", "<|im_end|>", "<|endoftext|>")
+    config = AutoConfig.from_pretrained(embedded_folder)
+    assert (config.bos_token_id, config.eos_token_id, config.pad_token_id) == (1, 2, 0)
+    chat = tokenizer.apply_chat_template([{"role": "user", "content": "Hi , you"}], tokenize=False)
+    ids = tokenizer(chat)["input_ids"]
+    assert ids[0] == 1 and 2 in ids
+    assert tokenizer.decode(ids) == chat  # no space is lost before the comma
+
+
+def test_older_conversion_is_made_again(embedded_folder: Path, tmp_path: Path) -> None:
+    manifest = json.loads((embedded_folder / "manifest.json").read_text())
+    names = manifest["files"]
+    for name in names:
+        (tmp_path / name).symlink_to(embedded_folder / name)
+    (tmp_path / "manifest.json").write_text(json.dumps(manifest))
+    assert embedded._is_intact(tmp_path)
+    manifest["conversion"] -= 1
+    (tmp_path / "manifest.json").write_text(json.dumps(manifest))
+    assert not embedded._is_intact(tmp_path)
+
+
 def test_second_use_needs_no_network(
     embedded_folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
