@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from colab_qlora.dtypes import pick_compute_dtype
+from colab_qlora.models.quiet_import import import_bitsandbytes
 
 SIZE = 256
 ERROR_RANGE = (0.05, 0.15)

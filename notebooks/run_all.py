@@ -40,15 +40,21 @@ def main() -> int:
     stamps_file = out / "notebooks" / "done.json"
     stamps = json.loads(stamps_file.read_text()) if stamps_file.is_file() else {}
     began = time.monotonic()
-    before = _hash_files(sorted((HERE.parent / "colab_qlora").rglob("*.py")))
-    for name in options.names or ORDER:
+    kit = HERE.parent
+    before = _hash_files([*kit.glob("colab_qlora/**/*.py"), *kit.glob("data_samples/**/*.jsonl")])
+    for name in ORDER:
         parameters = _parameters(name, out, options)
         # a stage builds on the ones before it, so its stamp builds on theirs too
-        before = _hash_files([HERE / f"{name}.ipynb"], before + json.dumps(parameters))
+        files = [Path(str(v)) for v in parameters.values() if Path(str(v)).is_file()]
+        sources = [HERE / f"{name}.ipynb", *files]
+        before = _hash_files(sources, before + json.dumps(parameters))
+        if options.names and name not in options.names:
+            continue
         if stamps.get(name) == before and not options.force:
             print(f"{name}: unchanged since the last run", flush=True)
             continue
         stamps.pop(name, None)
+        stamps_file.write_text(json.dumps(stamps, indent=1) + "\n")
         seconds = _execute(name, parameters, out)
         if seconds is None:
             return 1
@@ -74,7 +80,15 @@ def _parse() -> argparse.Namespace:
         metavar=("NAME", "VALUE"),
         help="a further parameter, given to the notebooks that have it (VALUE is JSON or text)",
     )
-    return parser.parse_args()
+    options = parser.parse_args()
+    known = set().union(*(_known_parameters(name) for name in ORDER))
+    unknown = [name for name, _ in options.parameters if name not in known]
+    if unknown:
+        parser.error(f"no notebook has {', '.join(unknown)}; they have {', '.join(sorted(known))}")
+    missing = [name for name in options.names if name not in ORDER]
+    if missing:
+        parser.error(f"no notebook is called {', '.join(missing)}; there are {', '.join(ORDER)}")
+    return options
 
 
 def _parameters(name: str, out: Path, options: argparse.Namespace) -> dict[str, Any]:
@@ -87,16 +101,20 @@ def _parameters(name: str, out: Path, options: argparse.Namespace) -> dict[str, 
             wanted[key] = json.loads(value)
         except ValueError:
             wanted[key] = value
+    known = _known_parameters(name)
+    return {key: value for key, value in wanted.items() if key in known}
+
+
+def _known_parameters(name: str) -> set[str]:
     notebook = json.loads((HERE / f"{name}.ipynb").read_text(encoding="utf-8"))
     cells = [c for c in notebook["cells"] if "parameters" in c["metadata"].get("tags", [])]
     lines = "".join(cells[0]["source"]).split("\n")
-    known = {line.split(":")[0].split("=")[0].strip() for line in lines}
-    return {key: value for key, value in wanted.items() if key in known}
+    return {line.split(":")[0].split("=")[0].strip() for line in lines}
 
 
 def _hash_files(paths: list[Path], start: str = "") -> str:
     digest = hashlib.sha256(start.encode())
-    for path in paths:
+    for path in sorted(paths):
         digest.update(path.read_bytes())
     return digest.hexdigest()
 

@@ -188,15 +188,20 @@ def _convert(gguf: Path, target: Path) -> None:
         path.name: {"bytes": path.stat().st_size, "sha256": _sha256(path)}
         for path in sorted(target.iterdir())
     }
-    manifest = {"conversion": CONVERSION, "source": WHEEL_REQUIREMENT, "gguf_sha256": GGUF_SHA256, "files": files}
+    manifest = {
+        "conversion": CONVERSION,
+        "source": WHEEL_REQUIREMENT,
+        "gguf_sha256": GGUF_SHA256,
+        "files": files,
+    }
     (target / _MANIFEST).write_text(json.dumps(manifest, indent=1), encoding="utf-8")
 
 
 def _set_special_tokens(tokenizer: Any) -> None:
     """Set what transformers reads differently from one release to the next.
 
-    Releases before 5.2x take the start token for the end token, which would teach the model never to
-    stop, and some give no pad token or make it the end token.
+    Releases before 5.2x take the start token for the end token, which would teach the model never
+    to stop, and some give no pad token or make it the end token.
     """
     tokenizer.bos_token = "<|im_start|>"
     tokenizer.eos_token = "<|im_end|>"

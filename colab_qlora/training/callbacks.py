@@ -10,8 +10,8 @@ import torch
 from transformers import TrainerCallback
 
 from colab_qlora.curves.log import LossLog
+from colab_qlora.training.resume import LOG_NAME
 
-LOG_NAME = "loss_log.jsonl"
 _GIB = 2**30
 _LOGGED = ("loss", "eval_loss", "learning_rate", "grad_norm", "epoch")
 
@@ -35,7 +35,7 @@ class LossLogCallback(TrainerCallback):
     happens.
 
     A resumed run first drops the records after the step that it resumes from, so that the file
-    reads like one unbroken run. A new run in a folder with an old log moves the old one aside.
+    reads like one unbroken run.
     """
 
     def __init__(self, run: dict[str, Any] | None = None) -> None:
@@ -47,8 +47,6 @@ class LossLogCallback(TrainerCallback):
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         path = Path(args.output_dir) / LOG_NAME
-        if state.global_step == 0 and path.exists():
-            _move_aside(path)
         self.log = LossLog.open(path, run=self.run)
         self.log.truncate_after(state.global_step)
         kept = self.log.records
@@ -82,13 +80,6 @@ class LossLogCallback(TrainerCallback):
 
 def _number(value: Any) -> float:
     return float(value.item() if isinstance(value, torch.Tensor) else value)
-
-
-def _move_aside(path: Path) -> None:
-    number = 1
-    while (aside := path.with_name(f"{path.stem}-{number}{path.suffix}")).exists():
-        number += 1
-    path.rename(aside)
 
 
 class ProgressLines(TrainerCallback):

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -36,6 +38,13 @@ def as_dataset(rows: Any, name: str) -> Any:
         allowed="a datasets.Dataset with rows, or a list of dicts",
         do="Load one: datasets.load_dataset('json', data_files=..., split='train')",
     )
+
+
+def data_hash(dataset: Dataset, rows: int = 1000) -> str:
+    """Short hash of the first `rows` rows, to tell whether a resumed run has the same data."""
+    columns = [c for c in ("input_ids", "labels") if c in dataset.column_names]
+    head = dataset.select(range(min(rows, len(dataset)))).select_columns(columns)
+    return hashlib.sha256(json.dumps(head.to_list()).encode()).hexdigest()[:12]
 
 
 def check_dataset(

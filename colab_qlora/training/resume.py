@@ -12,9 +12,12 @@ import re
 import struct
 import zipfile
 from pathlib import Path
+from typing import Any
 
+from colab_qlora.curves.log import read_log
 from colab_qlora.errors import UserError
 
+LOG_NAME = "loss_log.jsonl"
 _NAME = re.compile(r"checkpoint-(\d+)$")
 _WEIGHTS = ("adapter_model.safetensors", "model.safetensors")
 
@@ -66,6 +69,42 @@ def last_complete_checkpoint(output_dir: str | Path) -> Path | None:
         if what_is_missing(path) is None:
             return path
     return None
+
+
+def other_settings(output_dir: str | Path, run: dict[str, Any]) -> dict[str, tuple[Any, Any]]:
+    """How the run whose log is in `output_dir` differs from `run`: name -> (then, now).
+
+    Empty if nothing differs, or if there is no log to compare with.
+    """
+    path = Path(output_dir) / LOG_NAME
+    if not path.is_file():
+        return {}
+    try:
+        then = read_log(path).run
+    except UserError:  # a log without a loss yet, or a damaged one
+        return {}
+    return {k: (then[k], v) for k, v in run.items() if k in then and then[k] != v}
+
+
+def set_aside(output_dir: str | Path) -> Path | None:
+    """Move an earlier run's checkpoints and log into `earlier-<n>/`, so that runs never mix.
+
+    Returns:
+        The folder they are in now, or None if there was nothing to move.
+    """
+    folder = Path(output_dir)
+    if not folder.is_dir():
+        return None
+    old = [p for p in folder.iterdir() if _NAME.search(p.name) or p.name == LOG_NAME]
+    if not old:
+        return None
+    number = 1
+    while (aside := folder / f"earlier-{number}").exists():
+        number += 1
+    aside.mkdir()
+    for path in old:
+        path.rename(aside / path.name)
+    return aside
 
 
 def check_checkpoint(checkpoint: str | Path) -> str:

@@ -16,18 +16,22 @@ from typing import Any, NoReturn
 
 import torch
 import trl
-from transformers import PrinterCallback, ProgressCallback
+from datasets import Dataset
+from transformers import PrinterCallback, ProgressCallback, TrainerState
+from transformers.trainer_utils import TrainOutput
 from transformers.utils.notebook import NotebookProgressCallback
 
 from colab_qlora.errors import UserError
 from colab_qlora.models.settings import settings_of
 from colab_qlora.training.arguments import TRAINER_ARGUMENTS, fit_arguments
 from colab_qlora.training.callbacks import LossLogCallback, ProgressLines
-from colab_qlora.training.dataset_checks import as_dataset, check_dataset
+from colab_qlora.training.dataset_checks import as_dataset, check_dataset, data_hash
 from colab_qlora.training.failures import is_disk_full, is_out_of_memory
 from colab_qlora.training.resume import (
     check_checkpoint,
     last_complete_checkpoint,
+    other_settings,
+    set_aside,
     what_is_missing,
 )
 from colab_qlora.work import check_writable
@@ -142,6 +146,11 @@ class SFTTrainer(trl.SFTTrainer):
         settings = settings_of(self.model)
         if settings is not None:
             run |= {"model_name": settings.model_name, "compute_dtype": settings.compute_dtype}
+        if isinstance(self.train_dataset, Dataset):
+            run |= {
+                "train_rows": len(self.train_dataset),
+                "data_hash": data_hash(self.train_dataset),
+            }
         lora = getattr(self.model, "peft_config", {}).get("default")
         if lora is not None:
             run |= {"r": lora.r, "lora_alpha": lora.lora_alpha, "lora_dropout": lora.lora_dropout}
@@ -161,14 +170,13 @@ class SFTTrainer(trl.SFTTrainer):
         """
         folder = self.args.output_dir or "."
         if resume_from_checkpoint is True:
-            found = last_complete_checkpoint(folder)
-            if found is None:
-                self._say(f"no checkpoint in {folder} yet: starting with the first step")
-            else:
-                self._say(f"going on from {found}")
-            resume_from_checkpoint = str(found) if found else None
+            resume_from_checkpoint = self._checkpoint_to_go_on_from(folder)
         elif resume_from_checkpoint:
             resume_from_checkpoint = check_checkpoint(resume_from_checkpoint)
+        if not resume_from_checkpoint and (aside := set_aside(folder)):
+            self._say(f"an earlier run's checkpoints and log are now in {aside}")
+        if resume_from_checkpoint and (done := self._finished(resume_from_checkpoint)):
+            return done
         eval_on_start = self.args.eval_on_start
         # a resumed run has its evaluation before the first step in the log already
         self.args.eval_on_start = eval_on_start and not resume_from_checkpoint
@@ -187,6 +195,34 @@ class SFTTrainer(trl.SFTTrainer):
         finally:
             self.args.eval_on_start = eval_on_start
             self._loss_log.close()
+
+    def _finished(self, checkpoint: str | bool) -> TrainOutput | None:
+        """Take over a checkpoint of the last step as it is; transformers would train one more."""
+        state = TrainerState.load_from_json(str(Path(str(checkpoint)) / "trainer_state.json"))
+        if state.global_step < state.max_steps:
+            return None
+        self._load_from_checkpoint(str(checkpoint))
+        self.state = state
+        self._say(f"all {state.max_steps} steps are done: nothing is left to train")
+        losses = [entry["loss"] for entry in state.log_history if "loss" in entry]
+        loss = sum(losses) / len(losses) if losses else float("nan")
+        metrics = {"train_runtime": 0.0, "train_loss": loss}
+        return TrainOutput(state.global_step, loss, metrics)
+
+    def _checkpoint_to_go_on_from(self, folder: str) -> str | None:
+        found = last_complete_checkpoint(folder)
+        if found is None:
+            self._say(f"no checkpoint in {folder} yet: starting with the first step")
+            return None
+        changed = other_settings(folder, self._loss_log.run)
+        if changed:
+            words = ", ".join(
+                f"{name} {now} instead of {then}" for name, (then, now) in changed.items()
+            )
+            self._say(f"the checkpoints are of another run ({words}): starting with the first step")
+            return None
+        self._say(f"going on from {found}")
+        return str(found)
 
     def _stop_out_of_memory(self, error: BaseException) -> NoReturn:
         self.model.zero_grad(set_to_none=True)  # type: ignore[union-attr]

@@ -111,13 +111,51 @@ def test_loss_log_is_on_disk(make_trainer: Make, tmp_path: Path) -> None:
     assert log.run["r"] == 4
 
 
-def test_second_run_in_the_same_folder_moves_the_old_log_aside(
+def test_second_run_in_the_same_folder_sets_the_first_aside(
     make_trainer: Make, tmp_path: Path
 ) -> None:
-    make_trainer(max_steps=2).train()
-    make_trainer(max_steps=3).train()
-    assert len(read_log(tmp_path / "out" / "loss_log.jsonl").records) == 3
-    assert len(read_log(tmp_path / "out" / "loss_log-1.jsonl").records) == 2
+    out = tmp_path / "out"
+    make_trainer(max_steps=4, save_strategy="steps", save_steps=4).train()
+    make_trainer(max_steps=3, save_strategy="steps", save_steps=3).train()
+    assert len(read_log(out / "loss_log.jsonl").records) == 3
+    assert last_complete_checkpoint(out) == out / "checkpoint-3"
+    assert len(read_log(out / "earlier-1" / "loss_log.jsonl").records) == 4
+    assert last_complete_checkpoint(out / "earlier-1") == out / "earlier-1" / "checkpoint-4"
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        ({"learning_rate": 5e-3}, "learning_rate 0.005 instead of 0.01"),
+        ({"max_steps": 2}, "max_steps 2 instead of 4"),
+        ({"lora": {"r": 8}}, "r 8 instead of 4"),
+        ({"rows": ROWS[4:]}, "train_rows 20 instead of 24, data_hash"),
+    ],
+)
+def test_other_settings_are_another_run(
+    make_trainer: Make, tmp_path: Path, change: dict, words: str
+) -> None:
+    make_trainer(save_strategy="steps", save_steps=2).train()
+    trainer = make_trainer(save_strategy="steps", save_steps=2, **change)
+    trainer.train(resume_from_checkpoint=True)
+    assert words in trainer.notes[0]
+    assert len(losses_of(trainer)) == change.get("max_steps", 4)
+    assert (tmp_path / "out" / "earlier-1" / "checkpoint-4").is_dir()
+
+
+def test_finished_run_is_not_trained_again(make_trainer: Make, tmp_path: Path) -> None:
+    make_trainer(save_strategy="steps", save_steps=2).train()
+    log = (tmp_path / "out" / "loss_log.jsonl").read_bytes()
+    again = make_trainer(save_strategy="steps", save_steps=2)
+    result = again.train(resume_from_checkpoint=True)
+    assert result.global_step == 4
+    assert result.metrics["train_loss"] > 0
+    trained = [p.detach().clone() for p in again.model.parameters() if p.requires_grad]
+    first = make_trainer(tmp_path / "whole")
+    first.train()
+    expected = [p for p in first.model.parameters() if p.requires_grad]
+    assert all(torch.equal(a, b) for a, b in zip(trained, expected, strict=True))
+    assert (tmp_path / "out" / "loss_log.jsonl").read_bytes() == log
 
 
 def test_progress_is_one_kind_of_line(
