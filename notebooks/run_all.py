@@ -41,7 +41,8 @@ def main() -> int:
     stamps = json.loads(stamps_file.read_text()) if stamps_file.is_file() else {}
     began = time.monotonic()
     kit = HERE.parent
-    before = _hash_files([*kit.glob("colab_qlora/**/*.py"), *kit.glob("data_samples/**/*.jsonl")])
+    sources = [*kit.glob("colab_qlora/**/*.py"), *kit.glob("data_samples/**/*.jsonl")]
+    before = _hash_files(sorted(sources))
     for name in ORDER:
         parameters = _parameters(name, out, options)
         # a stage builds on the ones before it, so its stamp builds on theirs too
@@ -114,7 +115,7 @@ def _known_parameters(name: str) -> set[str]:
 
 def _hash_files(paths: list[Path], start: str = "") -> str:
     digest = hashlib.sha256(start.encode())
-    for path in sorted(paths):
+    for path in paths:
         digest.update(path.read_bytes())
     return digest.hexdigest()
 
