@@ -37,9 +37,9 @@ RUNS = {
     "healthy": Run(rows=256, epochs=2, learning_rate=1e-3, eval_steps=8),
     # few rows, seen often: the model learns them by heart
     "overfitting": Run(rows=32, epochs=14, learning_rate=2e-3, eval_steps=4),
-    # ten times the healthy run's
+    # twenty times the healthy run's
     "learning_rate_too_high": Run(
-        rows=256, epochs=2, learning_rate=1e-2, eval_steps=8, max_steps=40
+        rows=256, epochs=2, learning_rate=2e-2, eval_steps=8, max_steps=40
     ),
 }
 

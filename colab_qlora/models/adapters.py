@@ -7,11 +7,11 @@ LoRA: y = W x + (alpha / r) B A x with A (r, in) and B (out, r) trained, W froze
 from __future__ import annotations
 
 import inspect
-import warnings
 from collections.abc import Iterable, Sequence
 from typing import Any
 
 from colab_qlora.errors import UserError
+from colab_qlora.models.quiet_import import without_rename_warnings
 from colab_qlora.models.settings import ATTRIBUTE, CHECKPOINTING_MODES, ModelSettings, settings_of
 
 DEFAULT_TARGETS = (
@@ -75,9 +75,7 @@ def attach_lora(
         parameter.requires_grad_(False)
     # adapters start the same for the same random_state, and the caller's random stream stays where
     # it was
-    with torch.random.fork_rng(), warnings.catch_warnings():
-        # PEFT asks transformers by a name that transformers has renamed
-        warnings.simplefilter("ignore", FutureWarning)
+    with torch.random.fork_rng(), without_rename_warnings():
         torch.manual_seed(random_state)
         adapted = get_peft_model(model, config)
     set_gradient_checkpointing(adapted, use_gradient_checkpointing)

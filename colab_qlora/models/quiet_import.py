@@ -1,12 +1,15 @@
-"""Import bitsandbytes once, without the warning that it gives on every CPU machine.
+"""Keep warnings away that users would take for a fault and can do nothing about.
 
-On a CPU with bfloat16 it looks for a faster kernel on a model hub and warns, each time, that a
-package for that is missing; its own kernel works. Users would take the warning for a fault.
+On a CPU with bfloat16, bitsandbytes looks for a faster kernel on a model hub and warns, each time,
+that a package for that is missing; its own kernel works. Users would take the warning for a fault.
 """
 
 from __future__ import annotations
 
 import logging
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
 from types import ModuleType
 
 from colab_qlora.errors import UserError
@@ -31,6 +34,14 @@ def import_bitsandbytes() -> ModuleType:
     finally:
         log.removeFilter(_is_not_the_hub_kernel)
     return bitsandbytes
+
+
+@contextmanager
+def without_rename_warnings() -> Iterator[None]:
+    """Hide the FutureWarnings that PEFT causes by asking transformers under names it has renamed."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", FutureWarning)
+        yield
 
 
 def _is_not_the_hub_kernel(record: logging.LogRecord) -> bool:

@@ -8,6 +8,7 @@ from typing import Any
 
 from colab_qlora.errors import UserError
 from colab_qlora.models.loading import load_model_and_tokenizer
+from colab_qlora.models.quiet_import import import_bitsandbytes, without_rename_warnings
 
 
 def is_adapter_folder(name: str) -> bool:
@@ -25,6 +26,7 @@ def load_adapter_folder(name: str, *load_args: Any, **options: Any) -> tuple[Any
     Raises:
         UserError: the adapter's weights are missing or its base model cannot be loaded.
     """
+    import_bitsandbytes()
     from peft import PeftModel
     from transformers import AutoTokenizer
 
@@ -41,7 +43,8 @@ def load_adapter_folder(name: str, *load_args: Any, **options: Any) -> tuple[Any
     if not base:
         raise UserError(f"{folder}/adapter_config.json names no base model", got=repr(base))
     model, tokenizer = load_model_and_tokenizer(base, *load_args, **options)
-    model = PeftModel.from_pretrained(model, str(folder), is_trainable=True)
+    with without_rename_warnings():
+        model = PeftModel.from_pretrained(model, str(folder), is_trainable=True)
     if (folder / "tokenizer_config.json").is_file():
         length = tokenizer.model_max_length
         tokenizer = AutoTokenizer.from_pretrained(str(folder))

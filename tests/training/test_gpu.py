@@ -1,4 +1,4 @@
-"""What only a GPU can show: float16 training without a skipped step, and precision by capability."""
+"""What only a GPU can show: float16 training that skips no step, bfloat16 where there is some."""
 
 from __future__ import annotations
 
