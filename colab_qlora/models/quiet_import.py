@@ -38,7 +38,7 @@ def import_bitsandbytes() -> ModuleType:
 
 @contextmanager
 def without_rename_warnings() -> Iterator[None]:
-    """Hide the FutureWarnings that PEFT causes by asking transformers under names it has renamed."""
+    """Hide FutureWarnings that PEFT causes by asking transformers under names it has renamed."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", FutureWarning)
         yield

@@ -18,6 +18,7 @@ import trl
 
 from colab_qlora.dtypes import pick_compute_dtype
 from colab_qlora.errors import UserError
+from colab_qlora.models.quiet_import import without_rename_warnings
 
 # names that scripts still pass to the trainer -> today's field of SFTConfig
 TRAINER_ARGUMENTS = {
@@ -57,7 +58,8 @@ class SFTConfig(trl.SFTConfig):
             fields.setdefault("use_cpu", True)
             fields.setdefault("dataloader_pin_memory", False)
         fields.setdefault("report_to", "none")
-        super().__init__(output_dir=output_dir, **fields)
+        with without_rename_warnings():
+            super().__init__(output_dir=output_dir, **fields)
         self.max_length_was_given = "max_length" in fields
         self.precision_was_given = precision_was_given
 
@@ -110,7 +112,8 @@ def rebuild(args: transformers.TrainingArguments, **changes: Any) -> trl.SFTConf
     """
     allowed = {f.name for f in dataclasses.fields(trl.SFTConfig) if f.init}
     given = {f.name: getattr(args, f.name) for f in dataclasses.fields(args) if f.init}
-    return trl.SFTConfig(**{k: v for k, v in {**given, **changes}.items() if k in allowed})
+    with without_rename_warnings():
+        return trl.SFTConfig(**{k: v for k, v in {**given, **changes}.items() if k in allowed})
 
 
 def _precision(args: Any, model: Any, say: Callable[[str], None]) -> dict[str, Any]:
