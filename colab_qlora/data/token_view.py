@@ -62,7 +62,8 @@ class TokenView:
         return str(self)
 
     def _repr_html_(self) -> str:
-        boxes = "".join(_box(*row) for row in self.rows)
+        # boxes have no space between them: <wbr> is where a line may break
+        boxes = "<wbr>".join(_box(*row) for row in self.rows)
         key = f"{_box('trained', None, True)} {_box('read only', None, False)}"
         return (
             f'{_STYLE}<div class="cq-tokens"><p>{key} {html.escape(self.legend())}</p>{boxes}</div>'

@@ -25,7 +25,7 @@ class Boxes(HTMLParser):
 
     def handle_starttag(self, tag, attrs):
         self.tags.add(tag)
-        if tag == "br":
+        if tag in ("br", "wbr"):
             return
         self.open.append(tag)
         if dict(attrs).get("class") == "cq-token":
@@ -168,3 +168,10 @@ def test_white_space_is_drawn():
     rows = ((" a\tb", 1, False), ("\r\n", 2, True))
     boxes = Boxes(TokenView(rows)._repr_html_()).boxes[2:]
     assert [box[2] for box in boxes] == ["\u00b7a\u2192b", "\\r\u21b5"]
+
+
+def test_a_line_may_break_between_any_two_tokens():
+    view = TokenView([("a", 1, False), ("b", 2, True), ("c", 3, True)])
+    boxes = view._repr_html_().split("</p>")[1]
+    assert boxes.count("<wbr>") == 2
+    assert [part.count("cq-token") for part in boxes.split("<wbr>")] == [1, 1, 1]
