@@ -17,10 +17,8 @@ class UserError(ValueError):
         do: the next step, as an imperative sentence without a full stop.
 
     Example:
-        >>> raise UserError("r is not positive", got=0, allowed="1 or more", do="Pass r=16")
-        Traceback (most recent call last):
-        colab_qlora.errors.UserError: rank is not positive: got 0; allowed: an integer from 1 up.
-        Pass r=16.
+        >>> print(UserError("r is not positive", got=0, allowed="1 or more", do="Pass r=16"))
+        r is not positive: got 0; allowed: 1 or more. Pass r=16.
     """
 
     def __init__(

@@ -107,8 +107,11 @@ class FastLanguageModel:
         Raises:
             UserError: an unknown target module (the message lists those that exist) or option.
         """
-        for ignored in ("max_seq_length",):
-            lora_options.pop(ignored, None)
+        # tutorials repeat the length here; it was fixed when the model was loaded
+        length, settings = lora_options.pop("max_seq_length", None), settings_of(model)
+        if length is not None and settings is not None and length != settings.max_seq_length:
+            loaded = settings.max_seq_length
+            print(f"colab_qlora: max_seq_length={length} is ignored; it was loaded with {loaded}")
         if lora_options.get("loftq_config") is None:
             lora_options.pop("loftq_config", None)
         return attach_lora(

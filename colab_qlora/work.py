@@ -39,6 +39,13 @@ class WorkFolder:
     """
 
     def __init__(self, path: str | Path = "work", use_drive: bool = False) -> None:
+        if use_drive and Path(path).expanduser().is_absolute():
+            raise UserError(
+                "an absolute work folder is not on Google Drive",
+                got=str(path),
+                allowed="a relative path with use_drive=True",
+                do="Pass a name such as work, which becomes a folder of your Drive",
+            )
         base = Path(_mount_drive()) if use_drive else Path()
         self.path = (base / Path(path).expanduser()).absolute()
         check_writable(self.path)

@@ -7,6 +7,7 @@ LoRA: y = W x + (alpha / r) B A x with A (r, in) and B (out, r) trained, W froze
 from __future__ import annotations
 
 import inspect
+import re
 from collections.abc import Iterable, Sequence
 from typing import Any
 
@@ -84,11 +85,13 @@ def attach_lora(
 
 def _check_targets(model: Any, wanted: Sequence[str] | str | None) -> list[str] | str:
     if wanted is None:
-        return list(DEFAULT_TARGETS)
-    if isinstance(wanted, str):
-        # PEFT's own shorthand, or a regular expression, which PEFT reports on itself
-        return wanted
+        wanted = DEFAULT_TARGETS
     present = linear_names(model)
+    if isinstance(wanted, str):
+        # PEFT takes its shorthand, or a regular expression over the full names
+        if wanted == "all-linear" or any(re.fullmatch(wanted, name) for name in present):
+            return wanted
+        wanted = [wanted]
     missing = [name for name in wanted if not _matches(name, present)]
     if missing or not wanted:
         short = sorted({name.rsplit(".", 1)[-1] for name in present})

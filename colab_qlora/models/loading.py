@@ -8,6 +8,7 @@ safetensors only: nothing that was downloaded is unpickled.
 from __future__ import annotations
 
 import os
+import re
 from pathlib import Path
 from typing import Any, Literal
 
@@ -66,7 +67,7 @@ def load_model_and_tokenizer(
     quantization = _quantization(config, compute_dtype, load_in_4bit, load_in_8bit)
     # device 0, and not "auto": training with layers on two devices is not what anyone means here
     placement = device_map if device_map is not None else {"": 0 if device == "cuda" else "cpu"}
-    with _readable_errors(name):
+    with readable_errors(name):
         model = AutoModelForCausalLM.from_pretrained(
             source,
             config=config,
@@ -104,7 +105,7 @@ def load_tokenizer(model_name: str | None = None, **hub: Any) -> Any:
 
     name = model_name or default_model_name()
     source = _locate(name)
-    with _readable_errors(name):
+    with readable_errors(name):
         return AutoTokenizer.from_pretrained(source, **hub)
 
 
@@ -161,7 +162,7 @@ def _locate(name: str) -> str:
 def _load_config(source: str, name: str, hub: dict[str, Any]) -> Any:
     from transformers import AutoConfig
 
-    with _readable_errors(name):
+    with readable_errors(name):
         return AutoConfig.from_pretrained(source, **hub)
 
 
@@ -170,11 +171,12 @@ def _apply_rope_scaling(config: Any, rope_scaling: dict | None) -> None:
         return
     kind = rope_scaling.get("rope_type", rope_scaling.get("type"))
     factor = float(rope_scaling.get("factor", 1.0))
-    if kind not in {"linear", "dynamic", "yarn"} or factor < 1:
+    # "dynamic" starts beyond max_position_embeddings, which the user's length would have to exceed
+    if kind not in {"linear", "yarn"} or factor < 1:
         raise UserError(
             "rope_scaling is not understood",
             got=rope_scaling,
-            allowed='{"rope_type": "linear", "dynamic" or "yarn", "factor": 1.0 or more}',
+            allowed='{"rope_type": "linear" or "yarn", "factor": 1.0 or more}',
         )
     config.rope_parameters = {**(config.rope_parameters or {}), "rope_type": kind, "factor": factor}
     if kind == "yarn":
@@ -252,7 +254,7 @@ def _prepare_tokenizer(tokenizer: Any, model: Any, max_seq_length: int) -> None:
         model.generation_config.pad_token_id = tokenizer.pad_token_id
 
 
-class _readable_errors:  # a context manager, named like a function
+class readable_errors:  # a context manager, named like a function
     """Turn what transformers and the hub raise while loading into one line that says what to do."""
 
     def __init__(self, name: str) -> None:
@@ -262,6 +264,14 @@ class _readable_errors:  # a context manager, named like a function
         return None
 
     def __exit__(self, kind: Any, error: BaseException | None, trace: Any) -> Literal[False]:
+        from safetensors import SafetensorError
+
+        if isinstance(error, SafetensorError):
+            raise UserError(
+                f"the weights of {self.name} are cut off or damaged",
+                got=str(error),
+                do="Fetch or save them again",
+            ) from error
         if not isinstance(error, (OSError, ValueError)) or isinstance(error, UserError):
             return False
         text = str(error)
@@ -273,7 +283,7 @@ class _readable_errors:  # a context manager, named like a function
                 do=f"Free some space below {os.environ.get('HF_HOME', '~/.cache/huggingface')}, "
                 "or set HF_HOME to a larger disk",
             ) from error
-        if "gated" in text or "401" in text or "403" in text:
+        if re.search(r"gated repo|\b(401|403) (Client Error|Unauthorized|Forbidden)", text):
             raise UserError(
                 f"{self.name} cannot be read without permission",
                 got=reason,

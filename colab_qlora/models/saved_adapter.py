@@ -7,7 +7,8 @@ from pathlib import Path
 from typing import Any
 
 from colab_qlora.errors import UserError
-from colab_qlora.models.loading import load_model_and_tokenizer
+from colab_qlora.models.adapters import set_gradient_checkpointing
+from colab_qlora.models.loading import load_model_and_tokenizer, readable_errors
 from colab_qlora.models.quiet_import import import_bitsandbytes, without_rename_warnings
 
 
@@ -43,8 +44,9 @@ def load_adapter_folder(name: str, *load_args: Any, **options: Any) -> tuple[Any
     if not base:
         raise UserError(f"{folder}/adapter_config.json names no base model", got=repr(base))
     model, tokenizer = load_model_and_tokenizer(base, *load_args, **options)
-    with without_rename_warnings():
+    with without_rename_warnings(), readable_errors(str(folder)):
         model = PeftModel.from_pretrained(model, str(folder), is_trainable=True)
+    set_gradient_checkpointing(model, "smart")
     if (folder / "tokenizer_config.json").is_file():
         length = tokenizer.model_max_length
         tokenizer = AutoTokenizer.from_pretrained(str(folder))

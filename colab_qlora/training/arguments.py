@@ -101,7 +101,12 @@ def fit_arguments(
     changes.update({k: v for k, v in overrides.items() if k != "max_length"})
     if has_eval_dataset:
         changes["eval_on_start"] = True
-    return rebuild(args, **changes)
+    fitted = rebuild(args, **changes)
+    if fitted.n_gpu > 1:
+        # the model is on one GPU; transformers would still multiply the batch by their number
+        fitted._n_gpu = 1
+        say(f"{torch.cuda.device_count()} GPUs are visible; training uses the one with the model")
+    return fitted
 
 
 def rebuild(args: transformers.TrainingArguments, **changes: Any) -> trl.SFTConfig:

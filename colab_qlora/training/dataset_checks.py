@@ -42,9 +42,8 @@ def as_dataset(rows: Any, name: str) -> Any:
 
 def data_hash(dataset: Dataset, rows: int = 1000) -> str:
     """Short hash of the first `rows` rows, to tell whether a resumed run has the same data."""
-    columns = [c for c in ("input_ids", "labels") if c in dataset.column_names]
-    head = dataset.select(range(min(rows, len(dataset)))).select_columns(columns)
-    return hashlib.sha256(json.dumps(head.to_list()).encode()).hexdigest()[:12]
+    head = dataset.select(range(min(rows, len(dataset)))).to_list()
+    return hashlib.sha256(json.dumps(head, default=str).encode()).hexdigest()[:12]
 
 
 def check_dataset(

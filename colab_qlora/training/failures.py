@@ -32,6 +32,7 @@ def is_disk_full(error: BaseException) -> bool:
         getattr(seen, "errno", None) == errno.ENOSPC
         # safetensors and torch's archive writer report a failed write in words of their own
         or "No space left on device" in str(seen)
+        or "os error 28" in str(seen)
         or "file write failed" in str(seen)
         for seen in _chain(error)
     )

@@ -8,9 +8,8 @@ disk, and resuming from the newest whole checkpoint.
 
 from __future__ import annotations
 
+import math
 import shutil
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -23,6 +22,7 @@ from transformers.utils.notebook import NotebookProgressCallback
 
 from colab_qlora.errors import UserError
 from colab_qlora.models.settings import settings_of
+from colab_qlora.training.adapter_dtype import adapters_kept, adapters_to_float32
 from colab_qlora.training.arguments import TRAINER_ARGUMENTS, fit_arguments
 from colab_qlora.training.callbacks import LossLogCallback, ProgressLines
 from colab_qlora.training.dataset_checks import as_dataset, check_dataset, data_hash
@@ -38,6 +38,7 @@ from colab_qlora.work import check_writable
 
 # a T4's first steps overflow at the usual 65,536 and are skipped; at 8,192 they are not
 INITIAL_LOSS_SCALE = 2.0**13
+_LORA_SETTINGS = ("r", "lora_alpha", "lora_dropout", "use_rslora", "bias")
 
 
 class SFTTrainer(trl.SFTTrainer):
@@ -103,7 +104,10 @@ class SFTTrainer(trl.SFTTrainer):
             if note:
                 self._say(note)
 
-        with _adapters_kept_as_they_are(model):
+        self._data: dict[str, Any] = {}
+        if isinstance(train_dataset, Dataset):
+            self._data = {"train_rows": len(train_dataset), "data_hash": data_hash(train_dataset)}
+        with adapters_kept(model):
             super().__init__(
                 model=model,
                 args=args,
@@ -113,6 +117,7 @@ class SFTTrainer(trl.SFTTrainer):
                 processing_class=tokenizer,
                 **kwargs,
             )
+        adapters_to_float32(self.model)
         if self.args.fp16 and self.accelerator.scaler is not None:
             self.accelerator.scaler = torch.amp.GradScaler("cuda", init_scale=INITIAL_LOSS_SCALE)
         # one kind of progress report; the notebook table would hide the training loss between evals
@@ -137,6 +142,8 @@ class SFTTrainer(trl.SFTTrainer):
             "warmup_steps",
             "weight_decay",
             "max_length",
+            "max_grad_norm",
+            "packing",
             "seed",
         )
         run = {name: getattr(self.args, name, None) for name in names}
@@ -153,7 +160,9 @@ class SFTTrainer(trl.SFTTrainer):
             }
         lora = getattr(self.model, "peft_config", {}).get("default")
         if lora is not None:
-            run |= {"r": lora.r, "lora_alpha": lora.lora_alpha, "lora_dropout": lora.lora_dropout}
+            run |= {name: getattr(lora, name) for name in _LORA_SETTINGS}
+            targets = lora.target_modules
+            run["target_modules"] = targets if isinstance(targets, str) else sorted(targets or [])
         return run
 
     def train(  # type: ignore[override]  # the rest of Trainer.train's arguments pass through
@@ -186,7 +195,7 @@ class SFTTrainer(trl.SFTTrainer):
             saved = self._rescue()
             self._say(f"interrupted; {saved}")
             raise
-        except (OSError, RuntimeError) as error:  # torch.OutOfMemoryError is a RuntimeError
+        except Exception as error:  # safetensors and torch each raise types of their own
             if is_out_of_memory(error):
                 self._stop_out_of_memory(error)
             if is_disk_full(error):
@@ -199,7 +208,7 @@ class SFTTrainer(trl.SFTTrainer):
     def _finished(self, checkpoint: str | bool) -> TrainOutput | None:
         """Take over a checkpoint of the last step as it is; transformers would train one more."""
         state = TrainerState.load_from_json(str(Path(str(checkpoint)) / "trainer_state.json"))
-        if state.global_step < state.max_steps:
+        if state.global_step < self._total_steps(state):
             return None
         self._load_from_checkpoint(str(checkpoint))
         self.state = state
@@ -208,6 +217,17 @@ class SFTTrainer(trl.SFTTrainer):
         loss = sum(losses) / len(losses) if losses else float("nan")
         metrics = {"train_runtime": 0.0, "train_loss": loss}
         return TrainOutput(state.global_step, loss, metrics)
+
+    def _total_steps(self, state: TrainerState) -> int:
+        """Steps that the present arguments ask for; the checkpoint's number where rows have no count."""
+        if self.args.max_steps > 0:
+            return self.args.max_steps
+        try:
+            batches = len(self.get_train_dataloader())
+        except TypeError:  # an iterable dataset
+            return state.max_steps
+        per_epoch = max(1, -(-batches // self.args.gradient_accumulation_steps))
+        return math.ceil(self.args.num_train_epochs * per_epoch)
 
     def _checkpoint_to_go_on_from(self, folder: str) -> str | None:
         found = last_complete_checkpoint(folder)
@@ -267,6 +287,10 @@ class SFTTrainer(trl.SFTTrainer):
         if self.state.global_step == 0:
             return "no step was finished yet"
         folder = Path(self.args.output_dir or ".") / f"checkpoint-{self.state.global_step}"
+        if (
+            what_is_missing(folder) is None
+        ):  # saved after that step; a second save could only harm it
+            return f"step {self.state.global_step} is saved in {folder}"
         try:
             self._save_checkpoint(self.model, None)
         except Exception as error:  # whatever went wrong, the first error is the one to show
@@ -274,20 +298,3 @@ class SFTTrainer(trl.SFTTrainer):
                 f"saving step {self.state.global_step} failed too ({type(error).__name__}: {error})"
             )
         return f"step {self.state.global_step} is saved in {folder}"
-
-
-@contextmanager
-def _adapters_kept_as_they_are(model: Any) -> Iterator[None]:
-    """Undo TRL's cast of a quantised model's adapters to bfloat16.
-
-    float16 training cannot unscale bfloat16 gradients, and an update of 2e-4 relative to the
-    weight is lost in bfloat16's 8 bits. Values are put back too, since the cast rounded them.
-    """
-    before = {n: p.data.clone() for n, p in model.named_parameters() if p.requires_grad}
-    yield
-    for name, parameter in model.named_parameters():
-        kept = before.get(name)
-        if kept is None:
-            continue
-        half = kept.dtype in (torch.float16, torch.bfloat16)
-        parameter.data = kept.float() if half else kept

@@ -75,6 +75,7 @@ def test_full_names_and_shorthand_are_taken(base) -> None:
         ({"lora_dropout": 1.0}, "lora_dropout is not a share"),
         ({"bias": "some"}, "bias is not understood"),
         ({"target_modules": []}, "no target module"),
+        ({"target_modules": "query"}, "unknown target module: got query; allowed: down_proj"),
         ({"use_gradient_checkpointing": "clever"}, "use_gradient_checkpointing is not understood"),
         ({"use_rslora_": True}, "unknown LoRA option: got use_rslora_"),
     ],
@@ -145,6 +146,8 @@ def test_saved_adapter_comes_back_with_its_base(base, tmp_path: Path) -> None:
     again, _ = FastLanguageModel.from_pretrained(str(tmp_path / "adapter"), 64)
     assert isinstance(again, peft.PeftModel)
     assert sum(p.requires_grad for p in again.parameters()) == 28  # it can be trained further
+    settings = settings_of(again)
+    assert settings is not None and settings.use_gradient_checkpointing == "smart"
     with torch.no_grad():
         assert torch.equal(again.eval()(input_ids=ids).logits, expected)
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import pickle
 import shutil
 from pathlib import Path
@@ -115,6 +116,14 @@ def test_folder_without_config(tmp_path: Path) -> None:
 def test_missing_path(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="got nothing at that path"):
         FastLanguageModel.from_pretrained(str(tmp_path / "missing"), 64)
+
+
+def test_cut_off_weights(tiny_model_folder: Path, tmp_path: Path) -> None:
+    folder = tmp_path / "cut"
+    shutil.copytree(tiny_model_folder, folder)
+    os.truncate(folder / "model.safetensors", 100_000)
+    with pytest.raises(UserError, match="weights of .* are cut off or damaged"):
+        FastLanguageModel.from_pretrained(str(folder), 64)
 
 
 def test_hub_name_without_network() -> None:

@@ -72,12 +72,16 @@ stock_save({"weights": weights}, os.path.join(out, "end.pt"))
 """
 
 
-def _run(folder: Path, out: Path, kill_at: int = -1, kill_in: str = "step") -> int:
+def _run(
+    folder: Path, out: Path, kill_at: int = -1, kill_in: str = "step", going_on_from: int = 0
+) -> int:
     command = [sys.executable, "-c", RUN, str(folder), str(out), str(kill_at), kill_in]
     environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
     done = subprocess.run(command, env=environment, capture_output=True, text=True)
     if done.returncode not in (0, -signal.SIGKILL):
         raise AssertionError(done.stdout + done.stderr)
+    if going_on_from:
+        assert f"going on from {out}/checkpoint-{going_on_from}\n" in done.stdout
     return done.returncode
 
 
@@ -106,7 +110,9 @@ def test_killed_run_ends_as_the_unbroken_one(
     out = tmp_path / "out"
     assert _run(tiny_model_folder, out, kill_at, kill_in) == -signal.SIGKILL
     assert not (out / "end.pt").exists()
-    assert _run(tiny_model_folder, out) == 0
+    saved = 0 if kill_at < 2 else 4 if kill_at == 5 else 2
+    assert _run(tiny_model_folder, out, going_on_from=saved) == 0
+    assert (out / "earlier-1").exists() == (saved == 0)
     assert _without_clock(out / "loss_log.jsonl") == _without_clock(unbroken / "loss_log.jsonl")
     ours = torch.load(out / "end.pt")["weights"]
     theirs = torch.load(unbroken / "end.pt")["weights"]

@@ -143,6 +143,15 @@ def test_other_settings_are_another_run(
     assert (tmp_path / "out" / "earlier-1" / "checkpoint-4").is_dir()
 
 
+def test_checkpoint_of_a_shorter_run_can_be_trained_further(
+    make_trainer: Make, tmp_path: Path
+) -> None:
+    make_trainer(save_strategy="steps", save_steps=2, lr_scheduler_type="constant").train()
+    longer = make_trainer(max_steps=6, lr_scheduler_type="constant")
+    result = longer.train(resume_from_checkpoint=str(tmp_path / "out" / "checkpoint-4"))
+    assert result.global_step == 6
+
+
 def test_finished_run_is_not_trained_again(make_trainer: Make, tmp_path: Path) -> None:
     make_trainer(save_strategy="steps", save_steps=2).train()
     log = (tmp_path / "out" / "loss_log.jsonl").read_bytes()
@@ -245,6 +254,7 @@ def test_out_of_memory_saves_the_last_step_and_says_what_to_change(
     assert "per_device_train_batch_size=1 and gradient_accumulation_steps=4" in message
     resumed = make_trainer(max_steps=6)
     resumed.train(resume_from_checkpoint=True)
+    assert f"going on from {tmp_path}/out/checkpoint-3" in resumed.notes
     assert losses_of(resumed) == losses_of(whole)
 
 
@@ -275,6 +285,48 @@ def test_full_disk_leaves_earlier_checkpoints_whole(
     assert what_is_missing(tmp_path / "out" / "checkpoint-2") is None
     lines = (tmp_path / "out" / "loss_log.jsonl").read_text().splitlines()
     assert [json.loads(line).get("step") for line in lines[1:]] == [1, 2, 3]
+
+
+def test_full_disk_under_the_weights(make_trainer: Make) -> None:
+    from safetensors import SafetensorError
+
+    trainer = make_trainer(save_strategy="steps", save_steps=2)
+
+    def full(*args: Any, **kwargs: Any) -> None:
+        raise SafetensorError("Error while serializing: I/O error: (os error 28)")
+
+    trainer.save_model = full
+    with pytest.raises(UserError, match="the disk is full: checkpoint 2 could not be written"):
+        trainer.train()
+
+
+def test_interrupt_right_after_a_save_keeps_it(make_trainer: Make, tmp_path: Path) -> None:
+    trainer = make_trainer(save_strategy="steps", save_steps=2)
+    _fail_at(trainer, 2, KeyboardInterrupt())
+    with pytest.raises(KeyboardInterrupt):
+        trainer.train()
+    state = tmp_path / "out" / "checkpoint-2" / "rng_state.pth"
+    saved_at = state.stat().st_mtime_ns
+    assert trainer._rescue() == f"step 2 is saved in {tmp_path}/out/checkpoint-2"
+    assert state.stat().st_mtime_ns == saved_at
+
+
+def test_adapters_that_the_trainer_attaches_are_float32(
+    tiny_model_folder: Path, tmp_path: Path
+) -> None:
+    from peft import LoraConfig
+
+    from colab_qlora import SFTConfig
+
+    model, tokenizer = FastLanguageModel.from_pretrained(str(tiny_model_folder), 64)
+    trainer = SFTTrainer(
+        model=model,
+        processing_class=tokenizer,
+        peft_config=LoraConfig(r=2, target_modules=["q_proj"], task_type="CAUSAL_LM"),
+        train_dataset=ROWS,
+        args=SFTConfig(str(tmp_path / "out"), max_steps=1),
+    )
+    assert {p.dtype for p in trainer.model.parameters() if p.requires_grad} == {torch.float32}
 
 
 def test_other_errors_come_through(make_trainer: Make) -> None:
