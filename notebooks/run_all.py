@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import argparse
 import hashlib
+import importlib.metadata
 import json
 import os
 import sys
@@ -29,7 +30,7 @@ ORDER = (
 )
 CELL_TIMEOUT_SECONDS = 1800
 # small models take higher learning rates than the 2e-4 that suits an 8B
-EMBEDDED_LEARNING_RATE = 1e-3
+EMBEDDED_LEARNING_RATE = 2e-3
 
 
 def main() -> int:
@@ -42,7 +43,7 @@ def main() -> int:
     began = time.monotonic()
     kit = HERE.parent
     sources = [*kit.glob("colab_qlora/**/*.py"), *kit.glob("data_samples/**/*.jsonl")]
-    before = _hash_files(sorted(sources))
+    before = _hash_files(sorted(sources), json.dumps(_versions()))
     for name in ORDER:
         parameters = _parameters(name, out, options)
         # a stage builds on the ones before it, so its stamp builds on theirs too
@@ -51,16 +52,21 @@ def main() -> int:
         before = _hash_files(sources, before + json.dumps(parameters))
         if options.names and name not in options.names:
             continue
-        if stamps.get(name) == before and not options.force:
+        is_there = (out / "notebooks" / f"{name}.ipynb").is_file()
+        if stamps.get(name) == before and is_there and not options.force:
             print(f"{name}: unchanged since the last run", flush=True)
             continue
+        # a training that this very run left unfinished goes on; any other begins anew
+        if "resume" in _known_parameters(name) and "resume" not in parameters:
+            parameters["resume"] = stamps.get(f"{name} begun") == before and not options.force
         stamps.pop(name, None)
+        stamps[f"{name} begun"] = before
         stamps_file.write_text(json.dumps(stamps, indent=1) + "\n")
         seconds = _execute(name, parameters, out)
         if seconds is None:
             return 1
         print(f"{name}: done in {seconds:.0f} s", flush=True)
-        stamps[name] = before
+        stamps[name] = stamps.pop(f"{name} begun")
         stamps_file.write_text(json.dumps(stamps, indent=1) + "\n")
     _summary(out, time.monotonic() - began)
     return 0
@@ -111,6 +117,16 @@ def _known_parameters(name: str) -> set[str]:
     cells = [c for c in notebook["cells"] if "parameters" in c["metadata"].get("tags", [])]
     lines = "".join(cells[0]["source"]).split("\n")
     return {line.split(":")[0].split("=")[0].strip() for line in lines}
+
+
+def _versions() -> dict[str, str]:
+    found = {"python": sys.version}
+    for name in ("torch", "transformers", "peft", "trl", "bitsandbytes", "datasets", "matplotlib"):
+        try:
+            found[name] = importlib.metadata.version(name)
+        except importlib.metadata.PackageNotFoundError:
+            found[name] = "none"
+    return found
 
 
 def _hash_files(paths: list[Path], start: str = "") -> str:

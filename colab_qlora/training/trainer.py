@@ -219,7 +219,7 @@ class SFTTrainer(trl.SFTTrainer):
         return TrainOutput(state.global_step, loss, metrics)
 
     def _total_steps(self, state: TrainerState) -> int:
-        """Steps that the present arguments ask for; the checkpoint's number where rows have no count."""
+        """Steps that the present arguments ask for (the checkpoint's for uncounted rows)."""
         if self.args.max_steps > 0:
             return self.args.max_steps
         try:
@@ -287,9 +287,8 @@ class SFTTrainer(trl.SFTTrainer):
         if self.state.global_step == 0:
             return "no step was finished yet"
         folder = Path(self.args.output_dir or ".") / f"checkpoint-{self.state.global_step}"
-        if (
-            what_is_missing(folder) is None
-        ):  # saved after that step; a second save could only harm it
+        if what_is_missing(folder) is None:
+            # saved right after that step; a second save could only harm it
             return f"step {self.state.global_step} is saved in {folder}"
         try:
             self._save_checkpoint(self.model, None)

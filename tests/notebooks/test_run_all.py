@@ -129,11 +129,15 @@ def house(
     (folder / "data_samples" / "train.jsonl").write_text('{"instruction": "a", "output": "b"}\n')
     monkeypatch.setattr(run_all, "HERE", folder / "notebooks")
 
+    resumed: dict[str, bool | None] = {}
+
     def run(*arguments: str, fail: str | None = None) -> list[str]:
         executed: list[str] = []
 
         def execute(name: str, parameters: dict[str, Any], out: Path) -> float | None:
             executed.append(name)
+            resumed[name] = parameters.get("resume")
+            (out / "notebooks" / f"{name}.ipynb").touch()
             return None if name == fail else 1.0
 
         monkeypatch.setattr(run_all, "_execute", execute)
@@ -141,6 +145,7 @@ def house(
         assert run_all.main() == (0 if fail is None else 1)
         return executed
 
+    run.resumed = resumed  # type: ignore[attr-defined]
     return run
 
 
@@ -227,3 +232,25 @@ def test_a_forced_run_that_fails_is_not_taken_for_a_complete_one(
     house()
     assert house("--force", fail="05_train") == NAMES[:6]
     assert house()[:1] == ["05_train"]
+
+
+def test_only_a_training_that_this_run_left_unfinished_is_resumed(
+    house: Callable[..., list[str]],
+) -> None:
+    resumed = house.resumed  # type: ignore[attr-defined]
+    house(fail="05_train")
+    assert resumed["05_train"] is False
+    house()
+    assert resumed["05_train"] is True
+    house("--force")
+    assert resumed["05_train"] is False
+    house("-p", "learning_rate", "0.1", fail="05_train")
+    house("-p", "learning_rate", "0.2")
+    assert resumed["05_train"] is False
+    assert resumed["04_format_data"] is None
+
+
+def test_a_deleted_result_is_made_again(house: Callable[..., list[str]], tmp_path: Path) -> None:
+    house()
+    (tmp_path / "out" / "notebooks" / "04_format_data.ipynb").unlink()
+    assert house() == ["04_format_data"]
