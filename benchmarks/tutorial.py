@@ -61,6 +61,7 @@ def run(model_name: str, rows: int, repeat_text: int = 1, dtype: str = "None") -
         "rows": rows,
         "steps": trainer.state.global_step,
         "losses": [entry["loss"] for entry in log],
+        "mean_loss": names["trainer_stats"].training_loss,
         "grad_norms": [float(entry["grad_norm"]) for entry in log],
         "train_seconds": seconds,
         "total_seconds": time.monotonic() - began,
