@@ -59,7 +59,8 @@ def test_accumulated_step_equals_the_whole_batch(make_trainer: Make, tmp_path: P
         weights = torch.cat([p.flatten() for p in trainer.model.parameters() if p.requires_grad])
         results.append((losses_of(trainer), weights.detach()))
     for losses, weights in results[1:]:
-        assert losses == pytest.approx(results[0][0], abs=1e-6)
+        # float32 sums in another order: a few units in the last place of a loss near 11
+        assert losses == pytest.approx(results[0][0], rel=2e-6)
         # an AdamW step moves a weight by up to the learning rate, whatever its gradient
         difference = (weights - results[0][1]).abs()
         assert difference.norm() <= 1e-4 * results[0][1].norm()
