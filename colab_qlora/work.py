@@ -22,6 +22,7 @@ WRITTEN_BY = {
     "lora.json": "03_attach_lora",
     "data/train.jsonl": "04_format_data",
     "data/eval.jsonl": "04_format_data",
+    "data/format.json": "04_format_data",
     "adapter": "05_train",
     "loss_log.jsonl": "05_train",
 }
