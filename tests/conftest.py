@@ -5,6 +5,8 @@ from __future__ import annotations
 import importlib.util
 import json
 import os
+import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -29,6 +31,30 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     for item in items:
         if "gpu" in item.keywords:
             item.add_marker(skip)
+
+
+def _process_settings() -> dict[str, object]:
+    """What a test could leave behind in torch, and what would change the numbers of all others."""
+    torch = sys.modules.get("torch")
+    if torch is None:
+        return {}
+    return {
+        "autocast on the CPU": torch.is_autocast_enabled("cpu"),
+        "default dtype": torch.get_default_dtype(),
+        "gradients": torch.is_grad_enabled(),
+        "float32 matmul precision": torch.get_float32_matmul_precision(),
+        "deterministic algorithms": torch.are_deterministic_algorithms_enabled(),
+    }
+
+
+@pytest.fixture(autouse=True)
+def leaves_torch_as_it_was() -> Iterator[None]:
+    """Fail the test that leaves a process-wide setting changed, not the one that meets it later."""
+    before = _process_settings()
+    yield
+    after = _process_settings()
+    changed = {name: (before[name], after[name]) for name in before if before[name] != after[name]}
+    assert not changed, f"left behind (before, after): {changed}"
 
 
 @pytest.fixture(scope="session")

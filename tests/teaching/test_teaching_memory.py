@@ -183,7 +183,7 @@ def test_the_sum_is_the_peak_of_a_real_step(tmp_path, checkpointing):
     assert sum(part.gib for part in counted) == pytest.approx(peak, rel=0.04)
 
 
-def saved_bytes_per_token(folder, dtype, tokens=97):
+def saved_bytes_per_token(folder, dtype, tokens=97, peft_sees_autocast=False):
     """What autograd really saves in one layer; 97 is prime, so that weights are told apart."""
     model = adapt(load_4bit(folder, dtype), rank=8)
     model.train()
@@ -202,7 +202,11 @@ def saved_bytes_per_token(folder, dtype, tokens=97):
     with (
         torch.autocast("cpu", dtype=torch.bfloat16, enabled=half),
         torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor),
+        pytest.MonkeyPatch.context() as patch,
     ):
+        if peft_sees_autocast:
+            # only in here: autocast asks on entry what to set on exit, and would stay on for good
+            patch.setattr(torch, "is_autocast_enabled", lambda *_: True)
         trunk.layers[0](hidden, position_embeddings=positions)
     sizes = [s.nbytes() for address, s in saved.items() if address not in skipped]
     return sum(size for size in sizes if size % tokens == 0) / tokens
@@ -220,10 +224,9 @@ def test_formula_is_what_autograd_saves(tmp_path, dtype, changes):
 
 
 @pytest.mark.skipif(DEVICE != "cpu", reason="imitates on a CPU what PEFT does on a GPU")
-def test_formula_is_what_autograd_saves_where_peft_sees_the_autocast(llama_folder, monkeypatch):
-    monkeypatch.setattr(torch, "is_autocast_enabled", lambda *_: True)
+def test_formula_is_what_autograd_saves_where_peft_sees_the_autocast(llama_folder):
     shape = layer_shape(load_4bit(llama_folder).config)
-    measured = saved_bytes_per_token(llama_folder, torch.bfloat16)
+    measured = saved_bytes_per_token(llama_folder, torch.bfloat16, peft_sees_autocast=True)
     assert measured == layer_bytes_per_token(shape, 7 * 8, 2)
 
 
