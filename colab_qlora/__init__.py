@@ -1,9 +1,8 @@
 """colab_qlora: fine-tune language models with QLoRA on one small GPU, in notebooks that show how.
 
 Importing this package loads nothing heavy, touches no GPU and no network, prints nothing and
-changes
-no attribute of any other library: every public name is fetched from its module on first use (PEP
-    562).
+changes no attribute of any other library: every public name is fetched from its module on first
+use (PEP 562).
 """
 
 from __future__ import annotations
@@ -19,9 +18,11 @@ _EXPORTS = {
     "SFTConfig": "training.arguments",
     "SFTTrainer": "training.trainer",
     "UserError": "errors",
+    "describe": "models.describe",
     "inspect_environment": "environment",
     "install_missing": "install",
     "read_log": "curves.log",
+    "restore": "models.fuse",
     "draw_curves": "curves.draw",
 }
 
@@ -31,10 +32,12 @@ __all__ = [
     "SFTTrainer",
     "UserError",
     "__version__",
+    "describe",
     "draw_curves",
     "inspect_environment",
     "install_missing",
     "read_log",
+    "restore",
 ]
 
 if TYPE_CHECKING:
@@ -44,6 +47,8 @@ if TYPE_CHECKING:
     from colab_qlora.errors import UserError
     from colab_qlora.fast_language_model import FastLanguageModel
     from colab_qlora.install import install_missing
+    from colab_qlora.models.describe import describe
+    from colab_qlora.models.fuse import restore
     from colab_qlora.training.arguments import SFTConfig
     from colab_qlora.training.trainer import SFTTrainer
 

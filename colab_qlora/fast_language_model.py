@@ -86,6 +86,8 @@ class FastLanguageModel:
         bias: str = "none",
         use_gradient_checkpointing: bool | str = "smart",
         random_state: int = 3407,
+        *,
+        use_fused_layers: bool = True,
         **lora_options: Any,
     ) -> Any:
         """Attach LoRA adapters and return a plain `PeftModel`.
@@ -99,6 +101,8 @@ class FastLanguageModel:
             bias: "none", "all" or "lora_only", as in PEFT.
             use_gradient_checkpointing: False, True, or "smart" ("unsloth" is another name for it).
             random_state: seed of the adapters' start; the global random state is left alone.
+            use_fused_layers: compute decoder layers and loss by the kit's kernels where the model
+                allows it; `describe(model)` lists what was swapped, `restore(model)` undoes it.
             **lora_options: further fields of `peft.LoraConfig` (use_rslora, modules_to_save, ...).
 
         Returns:
@@ -123,6 +127,7 @@ class FastLanguageModel:
             bias,
             use_gradient_checkpointing,
             random_state,
+            use_fused_layers=use_fused_layers,
             **lora_options,
         )
 

@@ -16,17 +16,26 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("HF_DATASETS_OFFLINE", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
+
+def _has_gpu() -> bool:
+    if importlib.util.find_spec("torch") is None:
+        return False
+    import torch
+
+    return torch.cuda.is_available()
+
+
+# Triton reads this when a kernel is decorated, so it has to stand before any kernel is imported
+if not _has_gpu():
+    os.environ.setdefault("TRITON_INTERPRET", "1")
+
 ROOT = Path(__file__).resolve().parent.parent
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Skip GPU tests where there is no GPU, with the reason."""
-    has_torch = importlib.util.find_spec("torch") is not None
-    if has_torch:
-        import torch
-
-        if torch.cuda.is_available():
-            return
+    if _has_gpu():
+        return
     skip = pytest.mark.skip(reason="needs a CUDA GPU; this machine has none")
     for item in items:
         if "gpu" in item.keywords:

@@ -12,6 +12,7 @@ from collections.abc import Iterable, Sequence
 from typing import Any
 
 from colab_qlora.errors import UserError
+from colab_qlora.models.fuse import fuse, fused_layers
 from colab_qlora.models.quiet_import import without_rename_warnings
 from colab_qlora.models.settings import ATTRIBUTE, CHECKPOINTING_MODES, ModelSettings, settings_of
 
@@ -35,6 +36,8 @@ def attach_lora(
     bias: str = "none",
     use_gradient_checkpointing: bool | str = "smart",
     random_state: int = 3407,
+    *,
+    use_fused_layers: bool = True,
     **lora_options: Any,
 ) -> Any:
     """Wrap `model` in a plain `PeftModel`; arguments as `FastLanguageModel.get_peft_model`."""
@@ -79,8 +82,10 @@ def attach_lora(
     with torch.random.fork_rng(), without_rename_warnings():
         torch.manual_seed(random_state)
         adapted = get_peft_model(model, config)
+    if use_fused_layers:
+        fuse(adapted)
     set_gradient_checkpointing(adapted, use_gradient_checkpointing)
-    return adapted
+    return adapted.train()
 
 
 def _check_targets(model: Any, wanted: Sequence[str] | str | None) -> list[str] | str:
@@ -142,8 +147,10 @@ def set_gradient_checkpointing(model: Any, mode: bool | str) -> None:
         disable_checkpointing(model)
     else:
         _enable_checkpointing(model)
-        # the embedding is frozen, so something must require a gradient where the first layer begins
-        model.enable_input_require_grads()
+        # torch's checkpoint passes no gradient to adapters unless its input requires one, and the
+        # embedding is frozen; a fused layer needs none
+        if not fused_layers(model):
+            model.enable_input_require_grads()
     settings = settings_of(model)
     if settings is None:
         name = getattr(model.config, "_name_or_path", "") or type(model).__name__

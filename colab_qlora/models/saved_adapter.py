@@ -8,6 +8,7 @@ from typing import Any
 
 from colab_qlora.errors import UserError
 from colab_qlora.models.adapters import set_gradient_checkpointing
+from colab_qlora.models.fuse import fuse
 from colab_qlora.models.loading import load_model_and_tokenizer, readable_errors
 from colab_qlora.models.quiet_import import import_bitsandbytes, without_rename_warnings
 
@@ -46,6 +47,7 @@ def load_adapter_folder(name: str, *load_args: Any, **options: Any) -> tuple[Any
     model, tokenizer = load_model_and_tokenizer(base, *load_args, **options)
     with without_rename_warnings(), readable_errors(str(folder)):
         model = PeftModel.from_pretrained(model, str(folder), is_trainable=True)
+    fuse(model)
     set_gradient_checkpointing(model, "smart")
     if (folder / "tokenizer_config.json").is_file():
         length = tokenizer.model_max_length

@@ -14,7 +14,6 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 import torch
-import trl
 from datasets import Dataset
 from transformers import PrinterCallback, ProgressCallback, TrainerState
 from transformers.trainer_utils import TrainOutput
@@ -27,6 +26,7 @@ from colab_qlora.training.arguments import TRAINER_ARGUMENTS, fit_arguments
 from colab_qlora.training.callbacks import LossLogCallback, ProgressLines
 from colab_qlora.training.dataset_checks import as_dataset, check_dataset, data_hash
 from colab_qlora.training.failures import is_disk_full, is_out_of_memory
+from colab_qlora.training.fused_trainer import FusedTrainer
 from colab_qlora.training.resume import (
     check_checkpoint,
     last_complete_checkpoint,
@@ -41,7 +41,7 @@ INITIAL_LOSS_SCALE = 2.0**13
 _LORA_SETTINGS = ("r", "lora_alpha", "lora_dropout", "use_rslora", "bias")
 
 
-class SFTTrainer(trl.SFTTrainer):
+class SFTTrainer(FusedTrainer):
     """Supervised fine-tuning. Takes all that `trl.SFTTrainer` takes, and:
 
     Args:
@@ -72,7 +72,7 @@ class SFTTrainer(trl.SFTTrainer):
         tokenizer: Any = None,
         **kwargs: Any,
     ) -> None:
-        self.notes: list[str] = []
+        self.notes = []
         if model is None or isinstance(model, str):
             raise UserError(
                 "the trainer needs a loaded model",
@@ -126,10 +126,6 @@ class SFTTrainer(trl.SFTTrainer):
         self._loss_log = LossLogCallback(self._run_settings())
         self.add_callback(self._loss_log)
         self.add_callback(ProgressLines())
-
-    def _say(self, line: str) -> None:
-        self.notes.append(line)
-        print(f"colab_qlora: {line}", flush=True)
 
     def _run_settings(self) -> dict[str, Any]:
         """The hyperparameters that a reader of the curve needs, for the head of the loss log."""

@@ -1,0 +1,295 @@
+"""The attention kernels behind one face: a forward and a backward over plain tensors.
+
+    forward(q, k, v, shape, out) -> (o, lse)
+    backward(do, q, k, v, o, lse, shape, outs) -> (dq, dk, dv)
+
+q, o and do are (tokens, q_heads, head_dim), k and v (tokens, kv_heads, head_dim), with the last
+stride 1. `out` and the three of `outs` are buffers to fill, or None. What a backward needs is q, k,
+v, o and lse; lse is one float32 (float64 for float64) tensor whose layout is the backend's own.
+K and V are never kept expanded: where a kernel knows no grouped heads they are repeated inside the
+call, and their gradients are summed back.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from colab_qlora.kernels.attention_math import math_backward, math_forward
+from colab_qlora.kernels.attention_shape import AttentionShape
+
+_aten = torch.ops.aten
+
+# vector loads of the CUDA kernels; they fail, or read wrongly, from other addresses
+_ALIGNMENT_BYTES = 16
+# the memory-efficient kernel keeps its logsumexp in rows of a multiple of 32, filled with inf
+_EFFICIENT_LSE_ROWS = 32
+_CAUSAL_FROM_TOP_LEFT = 1
+
+Outs = tuple[Tensor | None, Tensor | None, Tensor | None]
+Grads = tuple[Tensor, Tensor, Tensor]
+
+
+class Backend(NamedTuple):
+    """A pair of functions, see the module's docstring."""
+
+    forward: Callable[
+        [Tensor, Tensor, Tensor, AttentionShape, Tensor | None], tuple[Tensor, Tensor]
+    ]
+    backward: Callable[..., Grads]
+
+
+def _cudnn_forward(q, k, v, shape, out):
+    q, k, v = (_by_head(_aligned(x), shape) for x in (q, k, v))
+    result = _aten._scaled_dot_product_cudnn_attention(
+        q, k, v, None, True, 0.0, shape.causal, False, scale=shape.scale
+    )
+    return _place(_by_token(result[0], shape), out), result[1]
+
+
+def _cudnn_backward(do, q, k, v, o, lse, shape, outs):
+    do, q, k, v, o = (_by_head(_aligned(x), shape) for x in (do, q, k, v, o))
+    seed, length = _no_seed(lse), shape.seq_length
+    grads = _aten._scaled_dot_product_cudnn_attention_backward(
+        do, q, k, v, o, lse, seed, seed, None, None, None, length, length, 0.0, shape.causal,
+        scale=shape.scale,
+    )  # fmt: skip
+    return _place_all([_by_token(x, shape) for x in grads], outs)
+
+
+def _flash_options(x: Tensor, shape: AttentionShape) -> tuple[Tensor | None, dict[str, Any]]:
+    """`cum_seq` (None for a dense batch) and the keyword arguments of the flash operators."""
+    options: dict[str, Any] = {"scale": shape.scale}
+    if "window" in shape.features:
+        assert shape.window is not None
+        # flash counts the rows before the present one
+        options |= {"window_size_left": shape.window - 1, "window_size_right": 0}
+    return (shape.boundaries(x.device) if shape.packed else None), options
+
+
+def _flash_forward(q, k, v, shape, out):
+    starts, options = _flash_options(q, shape)
+    q, k, v = (_for_flash(x, shape) for x in (q, k, v))
+    longest = shape.longest
+    result = _aten._flash_attention_forward(
+        q, k, v, starts, starts, longest, longest, 0.0, shape.causal, False, **options
+    )
+    return _place(result[0].reshape(-1, *result[0].shape[-2:]), out), result[1]
+
+
+def _flash_backward(do, q, k, v, o, lse, shape, outs):
+    starts, options = _flash_options(q, shape)
+    do, q, k, v, o = (_for_flash(x, shape) for x in (do, q, k, v, o))
+    seed, longest = _no_seed(lse), shape.longest
+    grads = _aten._flash_attention_backward(
+        do, q, k, v, o, lse, starts, starts, longest, longest, 0.0, shape.causal, seed, seed,
+        **options,
+    )  # fmt: skip
+    return _place_all([x.reshape(-1, *x.shape[-2:]) for x in grads], outs)
+
+
+def _triton_forward(q, k, v, shape, out):
+    from colab_qlora.kernels.flash_attention import flash_attention_forward
+
+    return flash_attention_forward(q, k, v, out=out, **_triton_options(q, shape))
+
+
+def _triton_backward(do, q, k, v, o, lse, shape, outs):
+    from colab_qlora.kernels.flash_attention_backward import flash_attention_backward
+
+    buffers = dict(zip(("dq", "dk", "dv"), outs, strict=True))
+    return flash_attention_backward(do, q, k, v, o, lse, **buffers, **_triton_options(q, shape))
+
+
+def _triton_options(q: Tensor, shape: AttentionShape) -> dict[str, Any]:
+    return {
+        "scale": shape.scale,
+        "cu_seqlens": shape.boundaries(q.device),
+        "max_seqlen": shape.longest,
+        "causal": shape.causal,
+    }
+
+
+def _efficient_forward(q, k, v, shape, out):
+    q, k, v = (_by_head(x, shape) for x in (_aligned(q), *_repeated(k, v, shape)))
+    result = _aten._scaled_dot_product_efficient_attention(
+        q, k, v, _efficient_bias(q, shape), True, 0.0, shape.causal, scale=shape.scale
+    )
+    return _place(_by_token(result[0], shape), out), result[1]
+
+
+def _efficient_backward(do, q, k, v, o, lse, shape, outs):
+    # the kernel takes the strides of o for granted
+    do, q, o = _aligned(do), _aligned(q), o.contiguous()
+    do, q, k, v, o = (_by_head(x, shape) for x in (do, q, *_repeated(k, v, shape), o))
+    if lse.shape[-1] % _EFFICIENT_LSE_ROWS:
+        lse = torch.nn.functional.pad(
+            lse, (0, -lse.shape[-1] % _EFFICIENT_LSE_ROWS), value=torch.inf
+        )
+    seed = _no_seed(lse)
+    dq, dk, dv, _ = _aten._scaled_dot_product_efficient_attention_backward(
+        do, q, k, v, _efficient_bias(q, shape), o, lse, seed, seed, 0.0,
+        [True, True, True, False], shape.causal, scale=shape.scale,
+    )  # fmt: skip
+    dq, dk, dv = (_by_token(x, shape) for x in (dq, dk, dv))
+    return _place(dq, outs[0]), _summed(dk, shape, outs[1]), _summed(dv, shape, outs[2])
+
+
+def _efficient_bias(q: Tensor, shape: AttentionShape) -> Tensor | None:
+    bias = shape.bias(q.dtype, q.device)
+    length = shape.seq_length
+    return None if bias is None else bias.expand(shape.batch, shape.q_heads, length, length)
+
+
+def _efficient_varlen_forward(q, k, v, shape, out):
+    starts, longest = shape.boundaries(q.device), shape.longest
+    q, k, v = (x.unsqueeze(0) for x in (_aligned(q), *_repeated(k, v, shape)))
+    kind = _CAUSAL_FROM_TOP_LEFT if shape.causal else 0
+    result = _aten._efficient_attention_forward(
+        q, k, v, None, starts, starts, longest, longest, 0.0, kind, True, scale=shape.scale
+    )
+    # the kernel's own layout has a row of the longest document's length for every document
+    number, place = shape.places(q.device)
+    return _place(result[0].squeeze(0), out), result[1][number, :, place].t().contiguous()
+
+
+def _efficient_varlen_backward(do, q, k, v, o, lse, shape, outs):
+    starts, longest = shape.boundaries(q.device), shape.longest
+    rows = -(-longest // _EFFICIENT_LSE_ROWS) * _EFFICIENT_LSE_ROWS
+    padded = lse.new_full((starts.numel() - 1, shape.q_heads, rows), torch.inf)
+    number, place = shape.places(q.device)
+    padded[number, :, place] = lse.t()
+    do, q, o = _aligned(do), _aligned(q), o.contiguous()
+    do, q, k, v, o = (x.unsqueeze(0) for x in (do, q, *_repeated(k, v, shape), o))
+    seed, kind = _no_seed(lse), _CAUSAL_FROM_TOP_LEFT if shape.causal else 0
+    grads = _aten._efficient_attention_backward(
+        do, q, k, v, None, o, starts, starts, longest, longest, padded, 0.0, seed, seed, kind,
+        False, scale=shape.scale,
+    )  # fmt: skip
+    dq, dk, dv = (x.squeeze(0) for x in grads[:3])
+    return _place(dq, outs[0]), _summed(dk, shape, outs[1]), _summed(dv, shape, outs[2])
+
+
+def _cpu_flash_forward(q, k, v, shape, out):
+    q, k, v = (_by_head(x, shape) for x in (q, *_repeated(k, v, shape)))
+    o, lse = _aten._scaled_dot_product_flash_attention_for_cpu(
+        q, k, v, 0.0, shape.causal, attn_mask=shape.bias(q.dtype, q.device), scale=shape.scale
+    )
+    return _place(_by_token(o, shape), out), lse
+
+
+def _cpu_flash_backward(do, q, k, v, o, lse, shape, outs):
+    do, q, k, v, o = (_by_head(x, shape) for x in (do, q, *_repeated(k, v, shape), o))
+    grads = _aten._scaled_dot_product_flash_attention_for_cpu_backward(
+        do, q, k, v, o, lse, 0.0, shape.causal,
+        attn_mask=shape.bias(q.dtype, q.device), scale=shape.scale,
+    )  # fmt: skip
+    dq, dk, dv = (_by_token(x, shape) for x in grads)
+    return _place(dq, outs[0]), _summed(dk, shape, outs[1]), _summed(dv, shape, outs[2])
+
+
+def _by_document(dense: Backend) -> Backend:
+    """The same backend for packed documents too: one call a run of documents of equal length."""
+
+    def forward(q, k, v, shape, out):
+        if not shape.packed:
+            return dense.forward(q, k, v, shape, out)
+        wide = torch.float64 if q.dtype == torch.float64 else torch.float32
+        o = torch.empty_like(q, memory_format=torch.contiguous_format) if out is None else out
+        lse = q.new_empty((shape.q_heads, shape.tokens), dtype=wide)
+        for start, count, length in shape.runs():
+            part = slice(start, start + count * length)
+            run = shape.of_run(count, length)
+            _, rows = dense.forward(q[part], k[part], v[part], run, o[part])
+            lse[:, part].unflatten(1, (count, length)).copy_(rows[..., :length].transpose(0, 1))
+        return o, lse
+
+    def backward(do, q, k, v, o, lse, shape, outs):
+        if not shape.packed:
+            return dense.backward(do, q, k, v, o, lse, shape, outs)
+        grads = tuple(
+            torch.empty_like(x, memory_format=torch.contiguous_format) if given is None else given
+            for given, x in zip(outs, (q, k, v), strict=True)
+        )
+        for start, count, length in shape.runs():
+            part = slice(start, start + count * length)
+            rows = lse[:, part].unflatten(1, (count, length)).transpose(0, 1).contiguous()
+            dense.backward(
+                *(x[part] for x in (do, q, k, v, o)), rows, shape.of_run(count, length),
+                tuple(x[part] for x in grads),
+            )  # fmt: skip
+        return grads
+
+    return Backend(forward, backward)
+
+
+def _by_head(x: Tensor, shape: AttentionShape) -> Tensor:
+    """(tokens, heads, head_dim) as a view (batch, heads, seq_length, head_dim)."""
+    return x.view(shape.batch, shape.seq_length, *x.shape[1:]).transpose(1, 2)
+
+
+def _by_token(x: Tensor, shape: AttentionShape) -> Tensor:
+    """The inverse of `_by_head`; a view where the kernel kept the order of the queries."""
+    return x.transpose(1, 2).reshape(shape.tokens, x.shape[1], x.shape[3])
+
+
+def _for_flash(x: Tensor, shape: AttentionShape) -> Tensor:
+    x = _aligned(x)
+    return x if shape.packed else x.view(shape.batch, shape.seq_length, *x.shape[1:])
+
+
+def _repeated(k: Tensor, v: Tensor, shape: AttentionShape) -> tuple[Tensor, Tensor]:
+    """K and V with a head for every query head; themselves where they have one already."""
+    if shape.group == 1:
+        return _aligned(k), _aligned(v)
+    sizes = (shape.tokens, shape.kv_heads, shape.group, shape.head_dim)
+    heads = (shape.tokens, shape.q_heads, shape.head_dim)
+    return k.unsqueeze(2).expand(sizes).reshape(heads), v.unsqueeze(2).expand(sizes).reshape(heads)
+
+
+def _summed(expanded: Tensor, shape: AttentionShape, out: Tensor | None) -> Tensor:
+    """The gradient of a repeated K or V, summed over the query heads that shared it."""
+    if shape.group == 1:
+        return _place(expanded, out)
+    by_group = expanded.unflatten(1, (shape.kv_heads, shape.group))
+    return by_group.sum(2) if out is None else torch.sum(by_group, 2, out=out)
+
+
+def _aligned(x: Tensor) -> Tensor:
+    """`x`, or a contiguous copy if its rows do not start at multiples of 16 bytes."""
+    if x.device.type == "cpu" and x.stride(-1) == 1:
+        return x
+    size = x.element_size()
+    offsets = [x.data_ptr(), *(stride * size for stride in x.stride()[:-1])]
+    if x.stride(-1) == 1 and not any(offset % _ALIGNMENT_BYTES for offset in offsets):
+        return x
+    return x.clone(memory_format=torch.contiguous_format)
+
+
+def _no_seed(like: Tensor) -> Tensor:
+    """What stands for the state of the random numbers where nothing is dropped."""
+    return like.new_empty(0, dtype=torch.int64)
+
+
+def _place(result: Tensor, out: Tensor | None) -> Tensor:
+    return result if out is None else out.copy_(result)
+
+
+def _place_all(results: list[Tensor], outs: Outs) -> Grads:
+    dq, dk, dv = (_place(result, out) for result, out in zip(results, outs, strict=True))
+    return dq, dk, dv
+
+
+BACKENDS = {
+    "cudnn": Backend(_cudnn_forward, _cudnn_backward),
+    "flash": Backend(_flash_forward, _flash_backward),
+    "flash_varlen": Backend(_flash_forward, _flash_backward),
+    "triton": Backend(_triton_forward, _triton_backward),
+    "efficient_varlen": Backend(_efficient_varlen_forward, _efficient_varlen_backward),
+    "efficient": _by_document(Backend(_efficient_forward, _efficient_backward)),
+    "cpu_flash": _by_document(Backend(_cpu_flash_forward, _cpu_flash_backward)),
+    "math": _by_document(Backend(math_forward, math_backward)),
+}

@@ -1,0 +1,327 @@
+"""Decode a 4-bit weight of bitsandbytes (NF4) in one launch, bit by bit as bitsandbytes does.
+
+    w = code[q] * absmax[block]                     q: 4 bits, code: 16 levels, block = index // 64
+    absmax[block] = nested_code[a] * nested_absmax[block // 256] + offset        if double-quantised
+
+The weight is flat: blocks run over the ends of rows, and of the two codes in a byte the high half
+is the first. Products are rounded to float32 and then to the dtype asked for. The offset is added
+to a rounded product, since bitsandbytes dequantises absmax in one kernel and adds in another; a
+fused multiply-add, which Triton makes of the two unless told not to, changes the last bit of one
+absmax in 15. `FUSES_MULTIPLY_ADD` forbids it; tests/kernels/test_nf4.py looks for FFMA in the
+machine code for sm_75, sm_80 and sm_90.
+
+Bytes moved a weight of half precision, blocks of 64: 0.516 in, double-quantised (0.563 plain), and
+2 out. Of a double-quantised weight bitsandbytes moves 0.25 more, in three launches.
+
+Where the rows of a weight do not hold whole blocks, bitsandbytes 0.50 decodes wrongly on a CPU
+with AVX-512 (it starts a block with every row). Here every device decodes as its GPU kernel does.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from colab_qlora.errors import UserError
+from colab_qlora.kernels.backend import runs_triton, tl, triton
+from colab_qlora.kernels.compile_case import FLOAT, HALF, CompileCase
+
+_DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+
+# see the module's docstring; a launch option of Triton's
+FUSES_MULTIPLY_ADD = False
+
+# 8 codes are one 32-bit word, and 8 half values one 16-byte store; 4 words for each of a program's
+# 128 threads hide the latency of the table look-ups
+WORD_CODES = 8
+PROGRAM_CODES = 4096
+
+# codes that the reference decodes at a time, about: 4 MB of float32 stay in a CPU's cache
+CHUNK_CODES = 1 << 20
+
+
+@dataclass(frozen=True, eq=False)
+class NF4State:
+    """What decoding a weight needs; views of the weight's own tensors, nothing is copied.
+
+    Attributes:
+        packed: uint8, flat, two codes a byte.
+        code: the 16 levels, float32.
+        absmax: one a block; uint8 if double-quantised, otherwise float32.
+        blocksize: weights that share one absmax, a power of 2 from 32 to 4096.
+        shape: (rows, columns) of the weight.
+        dtype: what bitsandbytes decodes to.
+        nested_absmax: one a block of absmax values, float32; None if not double-quantised.
+        nested_code: the 256 levels of absmax, float32; None likewise.
+        nested_blocksize: absmax values that share one nested absmax; 0 likewise.
+        offset: what was subtracted from every absmax, a tensor without dimensions; None likewise.
+    """
+
+    packed: torch.Tensor
+    code: torch.Tensor
+    absmax: torch.Tensor
+    blocksize: int
+    shape: tuple[int, int]
+    dtype: torch.dtype
+    nested_absmax: torch.Tensor | None = None
+    nested_code: torch.Tensor | None = None
+    nested_blocksize: int = 0
+    offset: torch.Tensor | None = None
+
+
+# Triton would read an aligned `packed` 16 bytes a thread, then pass the words on through shared
+# memory; 4 bytes a thread, 128 a warp, come in the layout that the stores need
+@triton.jit(do_not_specialize_on_alignment=["packed"])
+def _dequantize_kernel(
+    packed,
+    code,
+    absmax,
+    nested_absmax,
+    nested_code,
+    offset,
+    out,
+    weights,
+    row_steps,
+    row_stride_steps,
+    BLOCKSIZE: tl.constexpr,
+    NESTED_BLOCKSIZE: tl.constexpr,
+    CODES: tl.constexpr,
+    STEP: tl.constexpr,
+    UNITS: tl.constexpr,
+):
+    """CODES are packed in a unit, a byte or a word. A row holds row_steps steps of STEP weights."""
+    first = tl.program_id(0).to(tl.int64) * UNITS
+    unit = tl.arange(0, UNITS)  # [UNITS]
+    lane = tl.arange(0, CODES)[None, :]  # [1, CODES]
+    is_unit = (first + unit) * CODES < weights
+
+    bits = tl.load(packed + first + unit, mask=is_unit, other=0).to(tl.int32)
+    # lane 0 is the high half of the lowest byte
+    q = (bits[:, None] >> (4 * (lane ^ 1))) & 15  # [UNITS, CODES]
+    block = (first + unit) // (BLOCKSIZE // CODES)
+    scale = tl.load(absmax + block, mask=is_unit, other=0)
+    if NESTED_BLOCKSIZE > 0:
+        nested = tl.load(nested_absmax + block // NESTED_BLOCKSIZE, mask=is_unit, other=0.0)
+        scale = tl.load(nested_code + scale.to(tl.int32)) * nested + tl.load(offset).to(tl.float32)
+    value = tl.load(code + q) * scale.to(tl.float32)[:, None]
+
+    # one division of 64 bits a program, and one of 32 bits a unit: divisions outweigh the decoding
+    first_step = first * (CODES // STEP)
+    first_row = first_step // row_steps
+    if STEP == 1:
+        step = unit[:, None] * CODES + lane
+        place = lane * 0
+    else:
+        step = unit[:, None]
+        place = lane
+    step += (first_step - first_row * row_steps).to(tl.int32)
+    row = step // row_steps
+    place += ((first_row + row) * row_stride_steps + (step - row * row_steps)) * STEP
+    is_weight = (first + unit[:, None]) * CODES + lane < weights
+    tl.store(out + place, value.to(out.dtype.element_ty), mask=is_weight)
+
+
+def _launch(state: NF4State, out: torch.Tensor) -> None:
+    rows, columns = state.shape
+    packed, codes = state.packed, 2
+    # torch views words by their place in the storage, the GPU loads them by their address
+    if packed.numel() % 4 == packed.storage_offset() % 4 == packed.data_ptr() % 4 == 0:
+        packed, codes = packed.view(torch.int32), WORD_CODES
+    row_stride = out.stride(0)
+    step = codes if columns % codes == 0 and row_stride % codes == 0 else 1
+    _dequantize_kernel[(triton.cdiv(rows * columns, PROGRAM_CODES),)](
+        packed,
+        state.code,
+        state.absmax,
+        state.nested_absmax,
+        state.nested_code,
+        state.offset,
+        out,
+        rows * columns,
+        columns // step,
+        row_stride // step,
+        BLOCKSIZE=state.blocksize,
+        NESTED_BLOCKSIZE=state.nested_blocksize,
+        CODES=codes,
+        STEP=step,
+        UNITS=PROGRAM_CODES // codes,
+        enable_fp_fusion=FUSES_MULTIPLY_ADD,
+    )
+
+
+def _float_absmax(state: NF4State) -> torch.Tensor:
+    """float32, one a block, with bitsandbytes' two roundings."""
+    if state.nested_absmax is None:
+        return state.absmax.float()
+    assert state.nested_code is not None and state.offset is not None
+    levels = state.nested_code.index_select(0, state.absmax.int())
+    nested = state.nested_absmax.repeat_interleave(state.nested_blocksize)[: levels.numel()]
+    return levels.mul_(nested).add_(state.offset)
+
+
+def nf4_reference(state: NF4State, out: torch.Tensor) -> None:
+    """Decode into `out` with torch: (rows, columns), any floating dtype, any strides.
+
+    Two codes at a time: a byte picks 64 bits, two float32 levels, from a table of 256. On one core
+    4096 x 4096 weights take 6 ms to float16 and 9 ms to float32, against 14 and 25 ms for
+    bitsandbytes' AVX-512 kernel, whose output is always a new tensor.
+    """
+    rows, columns = state.shape
+    block = state.blocksize
+    levels = torch.stack((state.code.repeat_interleave(16), state.code.repeat(16)), dim=1)
+    pairs = levels.view(torch.int64).reshape(256)
+    absmax = _float_absmax(state)
+    step = max(1, CHUNK_CODES // max(columns, 1))
+    for first in range(0, rows, step):
+        chunk = out[first : first + step]
+        start, size = first * columns, chunk.numel()
+        # whole blocks around the rows; only the weight's last one may be short
+        low, high = start // block, -(-(start + size) // block)
+        codes = state.packed[low * block // 2 : high * block // 2].int()
+        values = pairs.index_select(0, codes).view(torch.float32)
+        full = values.numel() // block * block
+        values[:full].view(-1, block).mul_(absmax[low : low + full // block, None])
+        values[full:].mul_(absmax[high - 1])
+        skip = start - low * block
+        chunk.copy_(values[skip : skip + size].view(chunk.shape))
+
+
+def nf4_state(weight: Any) -> NF4State:
+    """What decoding needs of a bitsandbytes `Params4bit`; a few attribute reads, nothing copied.
+
+    Raises:
+        UserError: not a Params4bit; not quantised yet; of another 4-bit type; repacked by
+            bitsandbytes for inference on a CPU; or only a part of a weight.
+    """
+    state = getattr(weight, "quant_state", None) if isinstance(weight, torch.Tensor) else None
+    if state is None:
+        raise _not_quantised(weight)
+    _check_layout(state)
+    packed = weight.data.reshape(-1).view(torch.uint8)
+    shape, nested = state.shape, state.state2
+    weights = shape.numel()
+    if (
+        len(shape) != 2
+        or 2 * packed.numel() < weights
+        or state.absmax.numel() * state.blocksize < weights
+    ):
+        raise UserError(
+            "the 4-bit weight does not fit its quant_state",
+            got=f"{packed.numel()} bytes, {state.absmax.numel()} absmax values, {tuple(shape)}",
+            allowed=f"a matrix, half a byte a weight, an absmax for {state.blocksize} weights",
+        )
+    if nested is None:
+        return NF4State(
+            packed, state.code, state.absmax, state.blocksize, tuple(shape), state.dtype
+        )
+    return NF4State(
+        packed=packed,
+        code=state.code,
+        absmax=state.absmax,
+        blocksize=state.blocksize,
+        shape=tuple(shape),
+        dtype=state.dtype,
+        nested_absmax=nested.absmax,
+        nested_code=nested.code,
+        nested_blocksize=nested.blocksize,
+        offset=state.offset,
+    )
+
+
+def _not_quantised(weight: Any) -> UserError:
+    got = f"{type(weight).__name__}, {getattr(weight, 'dtype', 'no dtype')}"
+    if hasattr(weight, "bnb_quantized"):
+        do = "Move its layer with .to(device), which quantises it"
+        return UserError("the weight is not quantised yet", got=got, do=do)
+    allowed = "bitsandbytes.nn.Params4bit"
+    return UserError("the weight is not a 4-bit weight of bitsandbytes", got=got, allowed=allowed)
+
+
+def _check_layout(state: Any) -> None:
+    if getattr(state, "packing_format_for_cpu", False):
+        raise UserError(
+            "bitsandbytes has repacked the weight for inference on this CPU",
+            got=f"packing_format_for_cpu, shape {tuple(state.shape)}",
+            allowed="the layout that is trained and saved",
+            do="Load the model again and call keep_weights_in_place(model) before it generates",
+        )
+    if state.quant_type != "nf4":
+        raise UserError(
+            "the weight is quantised to another 4-bit type",
+            got=f"quant_type {state.quant_type!r}",
+            allowed="'nf4'",
+            do="Load the model with bnb_4bit_quant_type='nf4'",
+        )
+
+
+def nf4_dequantize(
+    weight: Any, *, out: torch.Tensor | None = None, dtype: torch.dtype | None = None
+) -> torch.Tensor:
+    """The matrix that a 4-bit weight stands for, bit by bit as bitsandbytes decodes it.
+
+    Args:
+        weight: bitsandbytes.nn.Params4bit with quant_type "nf4", (rows, columns).
+        out: written to if given: (rows, columns), last stride 1, any row stride, such as columns
+            of a wider buffer, any floating dtype.
+        dtype: of a new tensor; the quant_state's own if neither is given. float64 holds the float32
+            values.
+
+    Returns:
+        `out`, or a new tensor (rows, columns), on the weight's device and the current stream.
+
+    Raises:
+        UserError: as `nf4_state`; or `out` has another shape, device, stride or dtype.
+    """
+    state = nf4_state(weight)
+    if out is None:
+        out = torch.empty(state.shape, dtype=dtype or state.dtype, device=state.packed.device)
+    _check_out(out, state, dtype)
+    if not out.numel():
+        return out
+    if runs_triton(out):
+        _launch(state, out)
+    else:
+        nf4_reference(state, out)
+    return out
+
+
+def _check_out(out: torch.Tensor, state: NF4State, dtype: torch.dtype | None) -> None:
+    if out.shape != state.shape or out.device != state.packed.device:
+        got = f"{tuple(out.shape)} on {out.device}"
+        allowed = f"{state.shape} on {state.packed.device}"
+        raise UserError("out does not fit the weight", got=got, allowed=allowed)
+    if out.dtype not in _DTYPES or (dtype is not None and out.dtype != dtype):
+        allowed = "float16, bfloat16, float32, float64" if dtype is None else str(dtype)
+        raise UserError("out has another dtype", got=out.dtype, allowed=allowed)
+    if out.shape[1] > 1 and out.stride(1) != 1:
+        got = f"strides {out.stride()}"
+        raise UserError("out has gaps inside its rows", got=got, allowed="a last stride of 1")
+
+
+def compile_cases() -> list[CompileCase]:
+    """Nested and plain absmax, and rows that take no 16-byte stores."""
+    return [
+        _compile_case("nested", "*u8", 256, WORD_CODES),
+        _compile_case("plain", FLOAT, 0, WORD_CODES),
+        _compile_case("nested, odd rows", "*u8", 256, 1),
+    ]
+
+
+def _compile_case(name: str, absmax: str, nested_blocksize: int, step: int) -> CompileCase:
+    pointers = {"packed": "*i32", "code": FLOAT, "absmax": absmax, "out": HALF}
+    nested = ("nested_absmax", "nested_code", "offset")
+    absent: dict[str, Any] = {}
+    if nested_blocksize:
+        pointers |= dict.fromkeys(nested, FLOAT)
+    else:
+        absent = dict.fromkeys(nested)
+    constexprs = {"BLOCKSIZE": 64, "NESTED_BLOCKSIZE": nested_blocksize, "CODES": WORD_CODES}
+    return CompileCase(
+        name=f"nf4_dequantize {name}",
+        kernel=_dequantize_kernel,
+        signature=pointers | dict.fromkeys(["weights", "row_steps", "row_stride_steps"], "i32"),
+        constexprs={**constexprs, "STEP": step, "UNITS": PROGRAM_CODES // WORD_CODES, **absent},
+        divisible_by_16=("code", "absmax", "out", "weights"),
+    )

@@ -1,0 +1,244 @@
+"""The attention half of a decoder layer: h1 = h0 + o_proj(attention(rope(qkv(norm(h0))))).
+
+Plain functions over tensors (tokens, features). Forward hands every tensor of the save-set to the
+store; backward takes what the store kept and rebuilds the rest in the order of dependence:
+n1 -> q, k, v -> o -> h1.
+"""
+
+from __future__ import annotations
+
+import torch
+
+from colab_qlora.kernels.attention import (
+    attention_backward,
+    attention_forward,
+    choose_attention,
+)
+from colab_qlora.kernels.rms_norm import rms_norm_backward, rms_norm_forward
+from colab_qlora.kernels.rope import rope_
+from colab_qlora.layers.layer_parts import Gradients, LayerParts, Norm, Pass
+from colab_qlora.layers.saved import SavedTensors
+
+Heads = tuple[torch.Tensor, torch.Tensor, torch.Tensor]
+
+
+def attention_half(
+    h0: torch.Tensor, parts: LayerParts, run: Pass, saved: SavedTensors
+) -> torch.Tensor:
+    """Return h1 (tokens, width)."""
+    q, k, v = _projected(h0, parts, run, saved, None)
+    o = _attended(q, k, v, parts, run, saved)
+    return _joined(h0, o, parts, run, saved)
+
+
+def rebuild_attention(parts: LayerParts, run: Pass, saved: SavedTensors) -> dict[str, torch.Tensor]:
+    """q, k, v, o, lse, h1 and the rest of the half's save-set, kept or computed again."""
+    again = _Rebuilt(saved)
+    h0 = again.need("h0")
+    missing = frozenset(i for i, name in enumerate(("q", "k", "v")) if again.get(name) is None)
+    if missing or again.get("xa_qkv") is None:
+        _projected(h0, parts, run, again, missing)
+    if again.get("o") is None or again.get("lse") is None:
+        _attended(again.need("q"), again.need("k"), again.need("v"), parts, run, again)
+    if again.get("h1") is None or again.get("xa_o") is None:
+        _joined(h0, again.need("o"), parts, run, again)
+    return again.tensors
+
+
+def attention_half_backward(
+    dh1: torch.Tensor,
+    have: dict[str, torch.Tensor],
+    parts: LayerParts,
+    run: Pass,
+    gradients: Gradients,
+    *,
+    needs_dx: bool,
+) -> torch.Tensor | None:
+    """Gradient of h0 from that of h1 (tokens, width); parameters' gradients go into `gradients`."""
+    tokens = dh1.shape[0]
+    dy = parts.o.wide("d_out", tokens, parts.o.out_features, dh1)
+    dy[:, : parts.o.out_features] = dh1
+    do = torch.empty_like(have["o"])
+    parts.o.input_gradient(dy, do, run.call("o"))
+    found = parts.o.parameter_gradients(
+        dy, have["o"], have["xa_o"], run.call("o"), dx=do, lead=run.lead
+    )
+    gradients.add_all(parts.o.trainable(), found)
+    dy = parts.qkv.wide("d_qkv", tokens, parts.qkv.out_features, dh1)
+    d_heads = _heads(dy, parts)
+    rotated = _rotated(have["q"], have["k"], parts, run)
+    attention_backward(
+        do.view(tokens, parts.q_heads, parts.head_dim),
+        *rotated,
+        have["v"],
+        have["o"].view(tokens, parts.q_heads, parts.head_dim),
+        have["lse"],
+        run.attention,
+        backend=run.backend,
+        dq=d_heads[0],
+        dk=d_heads[1],
+        dv=d_heads[2],
+    )
+    _unrotate_(d_heads, have, parts, run, gradients)
+    x = run.scratch.get("n1", tuple(have["h0"].shape), dh1.dtype, dh1.device)
+    _, rstd, _ = rms_norm_forward(have["h0"], parts.norm1.weight, parts.norm1.eps, out=x)
+    needs_norm = needs_dx or parts.norm1.weight.requires_grad
+    dn = torch.empty_like(dh1) if needs_norm else None
+    parts.qkv.input_gradient(dy, dn, run.call("qkv"))
+    found = parts.qkv.parameter_gradients(
+        dy, x, have["xa_qkv"], run.call("qkv"), dx=dn, lead=run.lead
+    )
+    gradients.add_all(parts.qkv.trainable(), found)
+    if dn is None:
+        return None
+    dh0, dw = rms_norm_backward(
+        dn,
+        have["h0"],
+        parts.norm1.weight,
+        rstd,
+        residual_grad=dh1,
+        needs_weight_grad=parts.norm1.weight.requires_grad,
+    )
+    gradients.add(parts.norm1.weight, dw)
+    return dh0
+
+
+def _projected(
+    h0: torch.Tensor,
+    parts: LayerParts,
+    run: Pass,
+    saved: SavedTensors | _Rebuilt,
+    only: frozenset[int] | None,
+) -> Heads:
+    """norm -> one GEMM -> rotation, or some of q, k, v alone; head norms put the rotation off."""
+    group = parts.qkv
+    wide = group.wide("x", h0.shape[0], group.in_features, h0)
+    x = wide[:, : group.in_features]
+    _, rstd, _ = rms_norm_forward(h0, parts.norm1.weight, parts.norm1.eps, out=x)
+    y = h0.new_empty((h0.shape[0], group.out_features))
+    products = group.forward(wide, y, run.call("qkv"), only=only, lead=run.lead)
+    saved.put("rstd1", rstd)
+    saved.put("xa_qkv", products, is_scratch=True)
+    heads = _heads(y, parts)
+    computed = frozenset(range(3)) if only is None else only
+    turning = [heads[index] for index in (0, 1) if index in computed]
+    if parts.q_norm is None and parts.uses_rope and turning:
+        rope_(turning[0], turning[1] if len(turning) == 2 else None, run.cos, run.sin)
+    for index, name in enumerate(("q", "k", "v")):
+        if index in computed:
+            saved.put(name, heads[index])
+    return heads
+
+
+def _rotated(
+    q: torch.Tensor, k: torch.Tensor, parts: LayerParts, run: Pass
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """q and k as the attention sees them; a copy where they are kept before a norm per head."""
+    if parts.q_norm is None or parts.k_norm is None:
+        return q, k
+    q, _, _ = rms_norm_forward(q, parts.q_norm.weight, parts.q_norm.eps)
+    k, _, _ = rms_norm_forward(k, parts.k_norm.weight, parts.k_norm.eps)
+    if parts.uses_rope:
+        rope_(q, k, run.cos, run.sin)
+    return q, k
+
+
+def _unrotate_(
+    d_heads: Heads,
+    have: dict[str, torch.Tensor],
+    parts: LayerParts,
+    run: Pass,
+    gradients: Gradients,
+) -> None:
+    """Turn the gradients of rotated q and k into those of the projections, in place."""
+    if parts.uses_rope:
+        rope_(d_heads[0], d_heads[1], run.cos, run.sin, inverse=True)
+    if parts.q_norm is None or parts.k_norm is None:
+        return
+    for gradient, name, norm in (
+        (d_heads[0], "q", parts.q_norm),
+        (d_heads[1], "k", parts.k_norm),
+    ):
+        _norm_backward_(gradient, have[name], norm, gradients)
+
+
+def _norm_backward_(
+    gradient: torch.Tensor, x: torch.Tensor, norm: Norm, gradients: Gradients
+) -> None:
+    _, rstd, _ = rms_norm_forward(x, norm.weight, norm.eps)
+    needs_weight = norm.weight.requires_grad
+    _, dw = rms_norm_backward(
+        gradient, x, norm.weight, rstd, needs_weight_grad=needs_weight, out=gradient
+    )
+    gradients.add(norm.weight, dw)
+
+
+def _attended(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    parts: LayerParts,
+    run: Pass,
+    saved: SavedTensors | _Rebuilt,
+) -> torch.Tensor:
+    q, k = _rotated(q, k, parts, run)
+    if run.backend is None:
+        run.backend = choose_attention(q, run.attention).name
+    o, lse = attention_forward(q, k, v, run.attention, backend=run.backend)
+    o = o.view(o.shape[0], parts.o.in_features)
+    saved.put("o", o)
+    saved.put("lse", lse)
+    return o
+
+
+def _joined(
+    h0: torch.Tensor,
+    o: torch.Tensor,
+    parts: LayerParts,
+    run: Pass,
+    saved: SavedTensors | _Rebuilt,
+) -> torch.Tensor:
+    wide = o
+    if parts.o.spare_columns(o.device):
+        wide = parts.o.wide("x", o.shape[0], parts.o.in_features, o)
+        wide[:, : parts.o.in_features] = o
+    h1 = saved.get("h1")
+    only: frozenset[int] | None = frozenset()
+    if h1 is None:
+        h1, only = torch.empty_like(h0), None
+    products = parts.o.forward(wide, h1, run.call("o"), residual=h0, only=only, lead=run.lead)
+    saved.put("xa_o", products, is_scratch=True)
+    saved.put("h1", h1)
+    return h1
+
+
+def _heads(y: torch.Tensor, parts: LayerParts) -> Heads:
+    """Views of q, k and v in the columns of one buffer, (tokens, heads, head_dim) each."""
+    q_end = parts.q_heads * parts.head_dim
+    k_end = q_end + parts.kv_heads * parts.head_dim
+    v_end = k_end + parts.kv_heads * parts.head_dim
+    columns = ((0, q_end), (q_end, k_end), (k_end, v_end))
+    q, k, v = (y[:, a:b].unflatten(1, (-1, parts.head_dim)) for a, b in columns)
+    return q, k, v
+
+
+class _Rebuilt:
+    """What the store kept and what has been computed again since; it keeps all it is given."""
+
+    def __init__(self, saved: SavedTensors) -> None:
+        self._saved = saved
+        self.tensors: dict[str, torch.Tensor] = {}
+        for name in ("h0", "q", "k", "v", "o", "lse", "h1", "xa_qkv", "xa_o"):
+            tensor = saved.get(name)
+            if tensor is not None:
+                self.tensors[name] = tensor
+
+    def put(self, name: str, tensor: torch.Tensor, *, is_scratch: bool = False) -> None:
+        if name not in self.tensors:
+            self.tensors[name] = tensor.clone() if is_scratch else tensor
+
+    def get(self, name: str) -> torch.Tensor | None:
+        return self.tensors.get(name)
+
+    def need(self, name: str) -> torch.Tensor:
+        return self.tensors[name]

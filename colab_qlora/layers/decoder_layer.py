@@ -1,0 +1,110 @@
+"""A whole decoder layer as one autograd.Function that owns what it keeps.
+
+Autograd would keep 185 to 374 KB a token of an 8B layer, and a graph node an op; this keeps the
+tensors that a plan names (94,568 bytes a token at most, `saved.py`) and is one node. It saves
+nothing through autograd itself, so its backward pass can run once: a second one raises an error.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch.autograd.function import once_differentiable
+
+from colab_qlora.errors import UserError
+from colab_qlora.layers.attention_half import (
+    attention_half,
+    attention_half_backward,
+    rebuild_attention,
+)
+from colab_qlora.layers.layer_parts import Gradients, LayerParts, Pass
+from colab_qlora.layers.mlp_half import mlp_half, mlp_half_backward
+from colab_qlora.layers.saved import SavedTensors
+
+
+def layer_forward(
+    h0: torch.Tensor, parts: LayerParts, run: Pass, saved: SavedTensors
+) -> torch.Tensor:
+    """Output of the layer, (tokens, width), without a graph; `saved` gets what its plan names."""
+    run.scratch.forget_contents()
+    with torch.no_grad(), torch.autocast(h0.device.type, enabled=False):
+        saved.put("h0", h0)
+        h1 = attention_half(h0, parts, run, saved)
+        return mlp_half(h1, parts, run, saved)
+
+
+def layer_backward(
+    dh2: torch.Tensor,
+    parts: LayerParts,
+    run: Pass,
+    saved: SavedTensors,
+    *,
+    needs_dx: bool = True,
+) -> tuple[torch.Tensor | None, Gradients]:
+    """Gradient of the layer's input, (tokens, width), and those of its parameters."""
+    run.scratch.forget_contents()
+    gradients = Gradients()
+    with torch.no_grad(), torch.autocast(dh2.device.type, enabled=False):
+        have = rebuild_attention(parts, run, saved)
+        dh1 = mlp_half_backward(dh2, have["h1"], parts, run, saved, gradients)
+        dh0 = attention_half_backward(dh1, have, parts, run, gradients, needs_dx=needs_dx)
+    return dh0, gradients
+
+
+class _FusedLayer(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any,
+        hidden: torch.Tensor,
+        parts: LayerParts,
+        run: Pass,
+        saved: SavedTensors,
+        *trainable: torch.nn.Parameter,
+    ) -> torch.Tensor:
+        ctx.parts, ctx.run, ctx.saved, ctx.trainable = parts, run, saved, trainable
+        flat = hidden.detach().reshape(-1, hidden.shape[-1])
+        return layer_forward(flat, parts, run, saved).view(hidden.shape)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, dh: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
+        if ctx.saved is None:
+            raise UserError(
+                "a second backward pass through a fused layer",
+                got="retain_graph=True, or two losses that share this forward pass",
+                allowed="one backward pass for each forward pass",
+                do="Add the losses first, or undo the fused layers with restore(model)",
+            )
+        saved, ctx.saved = ctx.saved, None
+        try:
+            flat = dh.reshape(-1, dh.shape[-1])
+            needs_dx = ctx.needs_input_grad[0]
+            dh0, gradients = layer_backward(flat, ctx.parts, ctx.run, saved, needs_dx=needs_dx)
+        finally:
+            saved.release()
+        dx = dh0.view(dh.shape) if needs_dx and dh0 is not None else None
+        return (dx, None, None, None, *(gradients.of(p) for p in ctx.trainable))
+
+
+def fused_layer(
+    hidden: torch.Tensor, parts: LayerParts, run: Pass, saved: SavedTensors
+) -> torch.Tensor:
+    """A decoder layer, differentiable once with respect to its input and trainable parameters.
+
+    Args:
+        hidden: (batch, length, width) in float16, bfloat16, float32 or float64.
+        parts: the layer's weights as this pass sees them.
+        run: shapes, positions and scratch memory of the pass.
+        saved: a store with the plan of what to keep for the backward pass.
+
+    Returns:
+        (batch, length, width), in the dtype of `hidden`.
+    """
+    trainable = parts.trainable()
+    needs_graph = torch.is_grad_enabled() and (hidden.requires_grad or bool(trainable))
+    if not needs_graph:
+        flat = hidden.detach().reshape(-1, hidden.shape[-1])
+        return layer_forward(flat, parts, run, SavedTensors(frozenset())).view(hidden.shape)
+    out: torch.Tensor = _FusedLayer.apply(hidden, parts, run, saved, *trainable)
+    return out

@@ -1,0 +1,111 @@
+"""What a decoder layer is made of, and what one pass through it needs besides its input."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+import torch
+
+from colab_qlora.kernels.attention import AttentionShape
+from colab_qlora.layers.linear_group import GroupCall, LinearGroup
+from colab_qlora.layers.scratch import Scratch
+
+
+@dataclass(frozen=True)
+class Norm:
+    """An RMSNorm: weight (width,) and the eps under its root."""
+
+    weight: torch.nn.Parameter
+    eps: float
+
+
+@dataclass(frozen=True)
+class LayerParts:
+    """The weights of one decoder layer in one pass, and the sizes that follow from its config.
+
+    Attributes:
+        qkv, o, gate_up, down: the four groups of linears that share an input.
+        norm1, norm2: before the attention and before the MLP.
+        q_norm, k_norm: per-head norms between projection and rotation (Qwen3), else None.
+        activation: of the gated MLP, a name of `kernels.swiglu`.
+        uses_rope: False in layers without positions (some of SmolLM3's).
+        window: reach of sliding-window attention in tokens, or None.
+    """
+
+    qkv: LinearGroup
+    o: LinearGroup
+    gate_up: LinearGroup
+    down: LinearGroup
+    norm1: Norm
+    norm2: Norm
+    q_heads: int
+    kv_heads: int
+    head_dim: int
+    activation: str
+    q_norm: Norm | None = None
+    k_norm: Norm | None = None
+    uses_rope: bool = True
+    window: int | None = None
+
+    def norms(self) -> list[Norm]:
+        return [n for n in (self.norm1, self.norm2, self.q_norm, self.k_norm) if n is not None]
+
+    def trainable(self) -> list[torch.nn.Parameter]:
+        """All parameters that a gradient is returned for, in a fixed order, each once."""
+        found = [n.weight for n in self.norms() if n.weight.requires_grad]
+        for group in (self.qkv, self.o, self.gate_up, self.down):
+            found += group.trainable()
+        return list({id(p): p for p in found}.values())
+
+
+@dataclass
+class Pass:
+    """One forward pass and its backward pass through one layer.
+
+    Attributes:
+        attention: shapes, documents and mask of the batch.
+        cos, sin: rotation tables (positions, head_dim); positions divide the tokens.
+        lead: leading shape of the hidden states, (batch, length).
+        backend: the attention that runs, chosen at the first call and kept for the backward pass.
+        mlp_tokens: the MLP half works on at most this many tokens at a time (None: all).
+        calls: what each group has to remember.
+    """
+
+    attention: AttentionShape
+    cos: torch.Tensor
+    sin: torch.Tensor
+    lead: tuple[int, ...]
+    scratch: Scratch
+    mlp_tokens: int | None = None
+    backend: str | None = None
+    calls: dict[str, GroupCall] = field(default_factory=dict)
+
+    def call(self, name: str) -> GroupCall:
+        return self.calls.setdefault(name, GroupCall())
+
+    def token_chunks(self, tokens: int) -> list[slice]:
+        """Slices that cover the tokens; at least one, also of an empty batch."""
+        size = min(self.mlp_tokens or tokens, tokens) or 1
+        return [slice(i, min(i + size, tokens)) for i in range(0, max(tokens, 1), size)]
+
+
+class Gradients:
+    """Gradients of parameters, summed when a parameter gets several."""
+
+    def __init__(self) -> None:
+        self._by_id: dict[int, torch.Tensor] = {}
+
+    def add(self, parameter: torch.nn.Parameter, gradient: torch.Tensor | None) -> None:
+        if gradient is None:
+            return
+        have = self._by_id.get(id(parameter))
+        self._by_id[id(parameter)] = gradient if have is None else have.add_(gradient)
+
+    def add_all(
+        self, parameters: list[torch.nn.Parameter], gradients: list[torch.Tensor | None]
+    ) -> None:
+        for parameter, gradient in zip(parameters, gradients, strict=True):
+            self.add(parameter, gradient)
+
+    def of(self, parameter: torch.nn.Parameter) -> torch.Tensor | None:
+        return self._by_id.get(id(parameter))

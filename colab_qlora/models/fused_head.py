@@ -1,0 +1,111 @@
+"""The class that a causal language model's instance is given, so that its loss needs no logits.
+
+With labels in training the hidden states go straight into `linear_cross_entropy`; the output then
+has no logits. In evaluation, and where `skip_logits=False` asks for them, the model's own forward
+runs and the logits are there.
+"""
+
+from __future__ import annotations
+
+import functools
+import inspect
+from typing import Any
+
+import torch
+from transformers.modeling_outputs import CausalLMOutputWithPast
+
+from colab_qlora.kernels.linear_cross_entropy import linear_cross_entropy
+from colab_qlora.models.fused_state import fused_state
+
+# models whose logits are lm_head(hidden), and what else is done to them: (scale, softcap) by config
+_PLAIN = ("Llama", "Mistral", "Qwen2", "Qwen3", "SmolLM3", "Phi3", "Gemma", "Olmo2")
+_LOGITS: dict[str, Any] = {
+    **{f"{name}ForCausalLM": lambda config: (1.0, None) for name in _PLAIN},
+    "Gemma2ForCausalLM": lambda config: (1.0, config.final_logit_softcapping),
+    "GraniteForCausalLM": lambda config: (1.0 / config.logits_scaling, None),
+    "CohereForCausalLM": lambda config: (config.logit_scale, None),
+}
+
+
+def why_head_not_fusable(model: Any) -> str:
+    """Why a model's loss cannot be fused at all; empty if it can."""
+    kind = type(model)
+    if kind.__name__ not in _LOGITS or not kind.__module__.startswith("transformers.models."):
+        return f"the logits of {kind.__name__} are not known here"
+    if getattr(model, "loss_type", "ForCausalLM") != "ForCausalLM":
+        return f"its loss is {model.loss_type}"
+    return ""
+
+
+@functools.cache
+def fused_head_class(stock: Any) -> Any:
+    """The subclass of a causal language model's class whose training loss needs no logits."""
+    made: Any = type(
+        stock.__name__, (stock,), {"__module__": stock.__module__, "_fused_head": True}
+    )
+    # generate() and the trainer read the signature of the model's own forward
+    made.forward = functools.wraps(stock.forward)(_forward)
+    return made
+
+
+def is_fused_head(model: Any) -> bool:
+    return "_fused_head" in type(model).__dict__
+
+
+def _forward(self: Any, *args: Any, **kwargs: Any) -> Any:
+    skip_logits = kwargs.pop("skip_logits", None)
+    if skip_logits is None:
+        skip_logits = self.training
+    # whoever took hold of this method before the model was restored still gets the model's own
+    kind: Any = type(self).__mro__[1] if is_fused_head(self) else type(self)
+    kwargs |= zip(_parameter_names(kind), args, strict=False)
+    labels = kwargs.get("labels")
+    if not skip_logits or labels is None or _why_stock_loss(self, kwargs):
+        return kind.forward(self, **kwargs)
+    return_dict = kwargs.pop("return_dict", None)
+    shift_labels = kwargs.pop("shift_labels", None)
+    del kwargs["labels"]
+    items = kwargs.pop("num_items_in_batch", None)
+    kwargs.pop("logits_to_keep", None)
+    outputs = self.model(**kwargs)
+    scale, softcap = _LOGITS[type(self).__name__](self.config)
+    head = self.lm_head
+    with torch.autocast(head.weight.device.type, enabled=False):
+        loss = linear_cross_entropy(
+            outputs.last_hidden_state.to(head.weight.dtype),
+            head.weight,
+            labels if shift_labels is None else shift_labels,
+            bias=head.bias,
+            shift=shift_labels is None,
+            num_items_in_batch=items,
+            softcap=softcap,
+            logit_scale=scale,
+        )
+    result = CausalLMOutputWithPast(
+        loss=loss,
+        logits=None,
+        past_key_values=outputs.past_key_values,
+        hidden_states=outputs.hidden_states,
+        attentions=outputs.attentions,
+    )
+    return result.to_tuple() if return_dict is False else result
+
+
+@functools.cache
+def _parameter_names(kind: Any) -> tuple[str, ...]:
+    return tuple(inspect.signature(kind.forward).parameters)[1:]
+
+
+def _why_stock_loss(self: Any, kwargs: dict[str, Any]) -> str:
+    """Why this call computes logits after all; empty if it need not."""
+    if fused_state(self) is None:
+        return "the model was restored"
+    head = self.lm_head
+    if type(head) is not torch.nn.Linear:
+        return f"the head is a {type(head).__name__}"
+    if head._forward_hooks or head._forward_pre_hooks or "forward" in head.__dict__:
+        return "the head has hooks"
+    keep = kwargs.get("logits_to_keep", 0)
+    if not isinstance(keep, int) or keep != 0:
+        return "some logits were asked for"
+    return ""

@@ -1,0 +1,108 @@
+"""The class that a decoder layer's instance is given while it is fused.
+
+It is a subclass of the layer's own class, made once for each, with another `forward`. The instance
+keeps its modules, parameters, hooks and names; `isinstance` and transformers' hooks by class hold.
+Giving the instance its first class back undoes it.
+"""
+
+from __future__ import annotations
+
+import functools
+from typing import Any
+
+import torch
+
+from colab_qlora.layers.decoder_layer import fused_layer
+from colab_qlora.layers.layer_parts import Pass
+from colab_qlora.layers.saved import SavedTensors
+from colab_qlora.models.architectures import read_layer, why_stock_now
+from colab_qlora.models.fused_state import fused_state
+
+
+@functools.cache
+def fused_layer_class(stock: Any) -> Any:
+    """The fused subclass of a decoder layer's class."""
+    made: Any = type(f"Fused{stock.__name__}", (stock,), {"__module__": stock.__module__})
+    # after the class stands: newer transformers wrap a subclass's forward in its checkpointing
+    made.forward = _forward
+    made.__call__ = torch.nn.Module.__call__
+    return made
+
+
+def stock_class(fused: Any) -> Any:
+    """The class that a fused one was made from."""
+    return fused.__mro__[1]
+
+
+def is_fused(layer: Any) -> bool:
+    return getattr(type(layer), "forward", None) is _forward
+
+
+def _forward(
+    self: Any,
+    hidden_states: torch.Tensor,
+    attention_mask: torch.Tensor | None = None,
+    position_ids: torch.Tensor | None = None,
+    past_key_values: Any = None,
+    use_cache: bool | None = False,
+    position_embeddings: tuple[torch.Tensor, torch.Tensor] | None = None,
+    **kwargs: Any,
+) -> torch.Tensor:
+    state = fused_state(self)
+    assert state is not None
+    reason = _why_stock(self, hidden_states, attention_mask, past_key_values, kwargs)
+    if reason:
+        state.stock_passes[reason] = state.stock_passes.get(reason, 0) + 1
+        return _stock_forward(
+            self,
+            hidden_states,
+            attention_mask=attention_mask,
+            position_ids=position_ids,
+            past_key_values=past_key_values,
+            use_cache=use_cache,
+            position_embeddings=position_embeddings,
+            **kwargs,
+        )
+    assert position_embeddings is not None
+    parts = read_layer(
+        self, state.scratch, state.max_weight_bytes, holds_gate_up=state.holds_gate_up
+    )
+    lead = tuple(hidden_states.shape[:-1])
+    heads = (parts.q_heads, parts.kv_heads, parts.head_dim)
+    scale, window = float(self.self_attn.scaling), parts.window
+    cos, sin = (table.reshape(-1, table.shape[-1]) for table in position_embeddings)
+    shape = state.attention_shape(lead, heads, scale, attention_mask, window)
+    run = Pass(shape, cos, sin, lead, state.scratch, state.mlp_tokens)
+    return fused_layer(hidden_states, parts, run, SavedTensors(state.plan_for(self)))
+
+
+def _why_stock(
+    self: Any,
+    hidden: torch.Tensor,
+    mask: torch.Tensor | None,
+    cache: Any,
+    kwargs: dict[str, Any],
+) -> str:
+    """Why this call takes the model's own code; empty if the fused layer can run."""
+    if cache is not None:
+        return "generation with a key-value cache"
+    if kwargs.get("output_attentions"):
+        return "attention weights were asked for"
+    if hidden.dim() != 3:
+        return f"hidden states of {hidden.dim()} dimensions"
+    if mask is not None and mask.dim() != 4:
+        return "an attention mask of another form"
+    if hidden.dtype == torch.float32 and torch.is_autocast_enabled(hidden.device.type):
+        return "float32 hidden states under autocast"
+    return why_stock_now(self)
+
+
+def _stock_forward(self: Any, hidden: torch.Tensor, **kwargs: Any) -> torch.Tensor:
+    """The model's own forward, in its own checkpointing, with rotation tables in its own dtype."""
+    tables = kwargs.get("position_embeddings")
+    if tables is not None:
+        kwargs["position_embeddings"] = tuple(t.to(hidden.dtype) for t in tables)
+    stock = functools.partial(stock_class(type(self)).forward, self, **kwargs)
+    if self.gradient_checkpointing and self.training and kwargs.get("past_key_values") is None:
+        return self._gradient_checkpointing_func(stock, hidden)
+    return stock(hidden)

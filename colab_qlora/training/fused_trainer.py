@@ -1,0 +1,92 @@
+"""Where TRL's trainer leaves its own way for a fused model: the loss and the optimiser.
+
+TRL computes entropy and token accuracy of every batch from the logits, or from a head of its own.
+A fused model's loss needs neither: it comes out of the model as one number, and TRL's count of
+tokens is kept. AdamW over LoRA weights alone runs on one flat buffer (`optimizer.py`).
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import transformers
+import trl
+
+from colab_qlora.models.fuse import causal_model
+from colab_qlora.models.fused_head import is_fused_head
+from colab_qlora.training.optimizer import FlatAdamW
+from colab_qlora.training.optimizer_choice import flat_adamw_for
+
+
+class FusedTrainer(trl.SFTTrainer):
+    """A `trl.SFTTrainer` that lets a fused model compute its own loss, in a flat optimiser."""
+
+    notes: list[str]
+
+    def _say(self, line: str) -> None:
+        self.notes.append(line)
+        print(f"colab_qlora: {line}", flush=True)
+
+    def compute_loss(
+        self,
+        model: Any,
+        inputs: dict[str, Any],
+        return_outputs: bool = False,
+        num_items_in_batch: Any = None,
+    ) -> Any:
+        """The loss, and the model's outputs if they are asked for; arguments as in transformers."""
+        if not self._model_computes_loss():
+            return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
+        training = self.model.training  # type: ignore[union-attr]
+        loss_alone = inputs.pop("_prediction_loss_only", None) is True
+        wants_logits = return_outputs and not training and not loss_alone
+        inputs = {**inputs, "use_cache": False, "skip_logits": not wants_logits}
+        found = transformers.Trainer.compute_loss(
+            self,
+            model,
+            inputs,
+            return_outputs=return_outputs,
+            num_items_in_batch=num_items_in_batch,
+        )
+        if training:
+            self._total_train_tokens += _tokens(inputs)
+        self._metrics["train" if training else "eval"]["num_tokens"] = [self._total_train_tokens]
+        return found
+
+    @staticmethod
+    def get_optimizer_cls_and_kwargs(args: Any, model: Any = None) -> tuple[Any, Any]:
+        """As transformers, but `FlatAdamW` where `flat_adamw_for` says so."""
+        ours = None if model is None else flat_adamw_for(args, model)
+        return ours or trl.SFTTrainer.get_optimizer_cls_and_kwargs(args, model)
+
+    def create_optimizer(self, model: Any = None) -> torch.optim.Optimizer:
+        """As transformers, with a note if it is `FlatAdamW`."""
+        optimizer = super().create_optimizer(model)
+        note = "all LoRA matrices are updated together, in one launch a step (FlatAdamW)"
+        if isinstance(optimizer, FlatAdamW) and note not in self.notes:
+            self._say(note)
+        return optimizer
+
+    def _clip_grad_norm(self, model: Any) -> Any:
+        optimizer = getattr(self.optimizer, "optimizer", self.optimizer)  # accelerate wraps it
+        if not isinstance(optimizer, FlatAdamW):
+            return super()._clip_grad_norm(model)
+        self.accelerator.unscale_gradients()
+        return optimizer.clip_grad_norm_(self.args.max_grad_norm)
+
+    def _model_computes_loss(self) -> bool:
+        return (
+            is_fused_head(causal_model(self.accelerator.unwrap_model(self.model)))
+            and self.compute_loss_func is None
+            and self.label_smoother is None
+            and getattr(self.args, "loss_type", "nll") == "nll"
+            and not getattr(self, "aux_loss_enabled", False)
+        )
+
+
+def _tokens(inputs: dict[str, Any]) -> int:
+    mask = inputs.get("attention_mask")
+    if mask is not None:
+        return int(mask.sum())
+    return int(inputs["input_ids"].numel())
