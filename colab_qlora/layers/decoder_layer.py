@@ -13,6 +13,7 @@ import torch
 from torch.autograd.function import once_differentiable
 
 from colab_qlora.errors import UserError
+from colab_qlora.layers.accumulation import float32_sums
 from colab_qlora.layers.attention_half import (
     attention_half,
     attention_half_backward,
@@ -28,7 +29,7 @@ def layer_forward(
 ) -> torch.Tensor:
     """Output of the layer, (tokens, width), without a graph; `saved` gets what its plan names."""
     run.scratch.forget_contents()
-    with torch.no_grad(), torch.autocast(h0.device.type, enabled=False):
+    with torch.no_grad(), torch.autocast(h0.device.type, enabled=False), float32_sums(h0):
         saved.put("h0", h0)
         h1 = attention_half(h0, parts, run, saved)
         return mlp_half(h1, parts, run, saved)
@@ -45,7 +46,7 @@ def layer_backward(
     """Gradient of the layer's input, (tokens, width), and those of its parameters."""
     run.scratch.forget_contents()
     gradients = Gradients()
-    with torch.no_grad(), torch.autocast(dh2.device.type, enabled=False):
+    with torch.no_grad(), torch.autocast(dh2.device.type, enabled=False), float32_sums(dh2):
         have = rebuild_attention(parts, run, saved)
         dh1 = mlp_half_backward(dh2, have["h1"], parts, run, saved, gradients)
         dh0 = attention_half_backward(dh1, have, parts, run, gradients, needs_dx=needs_dx)

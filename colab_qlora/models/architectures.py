@@ -35,6 +35,8 @@ def why_not_fusable(layer: Any) -> str:
     home = f"transformers.models.{family}.modeling_{family}"
     if family is None or kind.__module__ != home:
         return f"{kind.__name__} is none of {', '.join(DECODER_LAYERS)}"
+    if "forward" in layer.__dict__:
+        return "its forward is replaced (a model spread over devices has such hooks)"
     config = layer.self_attn.config
     if activation_name(getattr(config, "hidden_act", "")) is None:
         return f"its activation is {getattr(config, 'hidden_act', None)!r}"

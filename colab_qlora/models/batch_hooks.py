@@ -6,34 +6,44 @@ from typing import Any
 
 import torch
 
-from colab_qlora.models.fused_state import fused_state
+from colab_qlora.errors import UserError
+from colab_qlora.models.fused_state import Documents, fused_state
 
 
 def prepare_batch(
     trunk: Any, args: tuple[Any, ...], kwargs: dict[str, Any]
 ) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
-    """Drop a padding mask that causal attention makes needless.
+    """Find out what the attention has to know, and keep transformers from writing it as a mask.
 
     A token never looks at a later one, so padding that follows all tokens of a row changes nothing
-    for them; without the mask the fastest attention runs. The answer is one number from the GPU.
+    for them; without the mask the fastest attention runs. Packed documents are found where the
+    positions start again. Each answer is one read from the GPU a batch.
+
+    Raises:
+        UserError: a training sequence with more tokens than the model has positions.
     """
     state = fused_state(trunk)
     if state is None:
         return None
     state.new_batch()
-    if kwargs.get("use_cache") is None and trunk.training and torch.is_grad_enabled():
-        # a config that says use_cache=True would have every training step fill a cache
-        kwargs = {**kwargs, "use_cache": False}
-    mask = kwargs.get("attention_mask")
-    if (
-        not isinstance(mask, torch.Tensor)
-        or mask.dim() != 2
-        or kwargs.get("past_key_values") is not None
-        or kwargs.get("use_cache")
-        or not is_right_padded(mask)
-    ):
+    learns = trunk.training and torch.is_grad_enabled()
+    if learns:
+        _check_length(trunk, args, kwargs)
+        if kwargs.get("use_cache") is None:
+            # a config that says use_cache=True would have every training step fill a cache
+            kwargs = {**kwargs, "use_cache": False}
+    if kwargs.get("past_key_values") is not None or kwargs.get("use_cache"):
         return args, kwargs
-    return args, {**kwargs, "attention_mask": None}
+    mask, positions = kwargs.get("attention_mask"), kwargs.get("position_ids")
+    if isinstance(mask, torch.Tensor) and mask.dim() == 2 and is_right_padded(mask):
+        return args, {**kwargs, "attention_mask": None}
+    if learns and mask is None and isinstance(positions, torch.Tensor):
+        state.documents = _documents(positions, _batch_rows(args, kwargs))
+        if state.documents is not None:
+            # four dimensions pass through transformers untouched; fused layers do not look at it
+            stand_in = torch.zeros((1, 1, 1, 1), dtype=torch.bool, device=positions.device)
+            return args, {**kwargs, "attention_mask": stand_in}
+    return args, kwargs
 
 
 def is_right_padded(mask: torch.Tensor) -> bool:
@@ -47,8 +57,8 @@ def tables_in_float32(
 ) -> tuple[tuple[Any, ...], dict[str, Any]]:
     """Have the rotation tables in float32: the model reads only dtype and device of its input.
 
-    In bfloat16 the angle of a table entry is off by up to 0.4 %; the fused layers rotate in
-    float32, and the model's own code gets the tables rounded as ever.
+    In bfloat16 a table entry is off by up to 0.4 %; the fused layers rotate in float32, and the
+    model's own code gets the tables rounded as ever.
     """
 
     def stand_in(x: torch.Tensor) -> torch.Tensor:
@@ -58,3 +68,44 @@ def tables_in_float32(
     if args:
         return (stand_in(args[0]), *args[1:]), kwargs
     return args, {**kwargs, "x": stand_in(kwargs["x"])}
+
+
+def _inputs(args: tuple[Any, ...], kwargs: dict[str, Any]) -> torch.Tensor | None:
+    found = args[0] if args else kwargs.get("input_ids")
+    return kwargs.get("inputs_embeds") if found is None else found
+
+
+def _batch_rows(args: tuple[Any, ...], kwargs: dict[str, Any]) -> int:
+    inputs = _inputs(args, kwargs)
+    return 1 if inputs is None else inputs.shape[0]
+
+
+def _check_length(trunk: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+    inputs = _inputs(args, kwargs)
+    limit = getattr(trunk.config, "max_position_embeddings", None)
+    positions = kwargs.get("position_ids")
+    if inputs is None or limit is None or positions is not None or inputs.shape[1] <= limit:
+        return
+    raise UserError(
+        "a sequence is longer than the model's positions",
+        got=f"input_ids of {inputs.shape[1]} tokens",
+        allowed=f"up to {limit} tokens (max_position_embeddings)",
+        do="Lower max_seq_length, or load the model with rope_scaling",
+    )
+
+
+def _documents(positions: torch.Tensor, rows: int) -> Documents | None:
+    """Bounds of the documents in a batch whose positions start again; None if every row is one."""
+    positions = positions.expand(rows, -1)
+    length = positions.shape[1]
+    if not length:
+        return None
+    starts = torch.ones_like(positions, dtype=torch.bool)
+    starts[:, 1:] = positions[:, 1:] - positions[:, :-1] != 1
+    first = starts.reshape(-1).nonzero().flatten().tolist()
+    if len(first) == rows:
+        return None
+    ends = [*first[1:], rows * length]
+    bounds = tuple(zip(first, ends, strict=True))
+    cu_seqlens = torch.tensor([*first, rows * length], dtype=torch.int32, device=positions.device)
+    return Documents(bounds, cu_seqlens, max(end - start for start, end in bounds))

@@ -102,6 +102,10 @@ def _stock_forward(self: Any, hidden: torch.Tensor, **kwargs: Any) -> torch.Tens
     tables = kwargs.get("position_embeddings")
     if tables is not None:
         kwargs["position_embeddings"] = tuple(t.to(hidden.dtype) for t in tables)
+    state = fused_state(self)
+    if state is not None and state.documents is not None:
+        window = getattr(self.self_attn, "sliding_window", None)
+        kwargs["attention_mask"] = state.documents.mask(hidden.shape[0], hidden.shape[1], window)
     stock = functools.partial(stock_class(type(self)).forward, self, **kwargs)
     if self.gradient_checkpointing and self.training and kwargs.get("past_key_values") is None:
         return self._gradient_checkpointing_func(stock, hidden)

@@ -167,3 +167,40 @@ def test_adapters_are_switched_disabled_and_merged_by_peft() -> None:
         model.unmerge_adapter()
     assert merged == pytest.approx(before, rel=1e-9)
     assert not state.stock_passes
+
+
+@pytest.mark.parametrize("where", ["mlp_half.glu_forward", "mlp_half.glu_backward"])
+def test_out_of_memory_inside_a_step_leaves_the_model_usable(
+    monkeypatch: pytest.MonkeyPatch, where: str
+) -> None:
+    model, inputs = tiny_model(), batch("right")
+    _, expected = true_loss_and_gradients(model, inputs)
+    fuse(model)
+
+    def full(*args: Any, **kwargs: Any) -> None:
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB.")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(f"colab_qlora.layers.{where}", full)
+        with pytest.raises(torch.OutOfMemoryError):
+            loss_and_gradients(model, inputs)
+    _, gradients = loss_and_gradients(model, inputs)
+    assert largest_error(gradients, expected) < 1e-9
+
+
+def test_eight_bit_linears_are_called_as_they_are() -> None:
+    bitsandbytes = pytest.importorskip("bitsandbytes")
+    model, inputs = tiny_model(dtype=torch.float32), batch()
+    attention = model.get_base_model().model.layers[0].self_attn
+    base = attention.q_proj.base_layer
+    eight = bitsandbytes.nn.Linear8bitLt(
+        base.in_features, base.out_features, bias=False, has_fp16_weights=False
+    )
+    eight.weight = bitsandbytes.nn.Int8Params(base.weight.data, requires_grad=False).to("cpu")
+    attention.q_proj.base_layer = eight
+    loss, gradients = loss_and_gradients(model, inputs)
+    fuse(model)
+    assert "its base layer is a Linear8bitLt" in str(describe(model))
+    fused, found = loss_and_gradients(model, inputs)
+    assert float(fused) == pytest.approx(float(loss), rel=1e-5)
+    assert largest_error(found, gradients) < 1e-4
