@@ -56,7 +56,7 @@ def attention_half_backward(
 ) -> torch.Tensor | None:
     """Gradient of h0 from that of h1 (tokens, width); parameters' gradients go into `gradients`."""
     tokens = dh1.shape[0]
-    dy = parts.o.wide("d_out", tokens, parts.o.out_features, dh1)
+    dy = parts.o.wide("x", tokens, parts.o.out_features, dh1)
     dy[:, : parts.o.out_features] = dh1
     do = torch.empty_like(have["o"])
     parts.o.input_gradient(dy, do, run.call("o"))
@@ -80,7 +80,7 @@ def attention_half_backward(
         dv=d_heads[2],
     )
     _unrotate_(d_heads, have, parts, run, gradients)
-    x = run.scratch.get("n1", tuple(have["h0"].shape), dh1.dtype, dh1.device)
+    x = run.scratch.get("x", tuple(have["h0"].shape), dh1.dtype, dh1.device)
     _, rstd, _ = rms_norm_forward(have["h0"], parts.norm1.weight, parts.norm1.eps, out=x)
     needs_norm = needs_dx or parts.norm1.weight.requires_grad
     dn = torch.empty_like(dh1) if needs_norm else None
