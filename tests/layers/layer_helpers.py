@@ -8,6 +8,7 @@ import torch
 import transformers
 from peft import LoraConfig, get_peft_model
 
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 SIZES: dict[str, Any] = {
     "hidden_size": 48,
     "intermediate_size": 80,
@@ -56,13 +57,13 @@ def tiny_model(family: str = "llama", dtype: torch.dtype = torch.float64, **lora
         "target_modules": "all-linear",
         "init_lora_weights": False,
     } | lora
-    return get_peft_model(model, LoraConfig(**options)).to(dtype).train()
+    return get_peft_model(model, LoraConfig(**options)).to(DEVICE, dtype).train()
 
 
 def batch(padding: str = "none", rows: int = 2, length: int = 11) -> dict[str, Any]:
     """Random tokens with labels; `padding` is "none", "right" or "left"."""
     torch.manual_seed(2)
-    ids = torch.randint(3, 101, (rows, length))
+    ids = torch.randint(3, 101, (rows, length)).to(DEVICE)
     mask = torch.ones_like(ids)
     if padding == "right":
         mask[-1, length // 2 :] = 0

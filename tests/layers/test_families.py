@@ -7,6 +7,7 @@ import random
 import pytest
 import torch
 from layer_helpers import (
+    DEVICE,
     FAMILIES,
     batch,
     largest_error,
@@ -70,7 +71,7 @@ def test_odd_batches(shape: tuple[int, int]) -> None:
 def test_an_empty_batch_passes() -> None:
     model = tiny_model()
     fuse(model)
-    ids = torch.zeros((0, 5), dtype=torch.long)
+    ids = torch.zeros((0, 5), dtype=torch.long, device=DEVICE)
     loss, gradients = loss_and_gradients(model, {"input_ids": ids, "labels": ids})
     assert loss == 0
     assert all(not g.any() for g in gradients.values())

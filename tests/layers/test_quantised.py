@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 import torch
-from layer_helpers import batch, largest_error, loss_and_gradients, true_loss_and_gradients
+from layer_helpers import DEVICE, batch, largest_error, loss_and_gradients, true_loss_and_gradients
 
 from colab_qlora import FastLanguageModel, restore
 from colab_qlora.kernels.backend import HAS_TRITON, is_interpreting, use_backend
@@ -41,7 +41,7 @@ def in_float64(model: Any, folder: Path) -> Any:
     for name, module in theirs.items():
         if type(module) is torch.nn.Linear and name.endswith("base_layer"):
             part = read_linear(name, ours[name])
-            exact = torch.empty(part.out_features, part.in_features, dtype=torch.float32)
+            exact = torch.empty(part.out_features, part.in_features, device=DEVICE)
             decode_weight(part, exact)
             module.weight.data = exact
     other.double()
@@ -57,7 +57,7 @@ def test_no_further_from_the_truth_than_the_models_own_code(tiny_model_folder: P
     truth, expected = true_loss_and_gradients(in_float64(model, tiny_model_folder), BIG)
     loss, gradients = loss_and_gradients(model, BIG)
     restore(model)
-    with torch.autocast("cpu", dtype=torch.bfloat16):
+    with torch.autocast(DEVICE, dtype=torch.bfloat16):
         stock_loss = model(**BIG).loss
         model.zero_grad()
         stock_loss.backward()
@@ -104,9 +104,11 @@ def test_fp4_and_dense_linears_stand_side_by_side(tiny_model_folder: Path) -> No
     fp4 = bitsandbytes.nn.Linear4bit(
         base.in_features, base.out_features, bias=False, quant_type="fp4"
     )
-    fp4.weight = bitsandbytes.nn.Params4bit(weight, requires_grad=False, quant_type="fp4").to("cpu")
+    fp4.weight = bitsandbytes.nn.Params4bit(weight, requires_grad=False, quant_type="fp4").to(
+        DEVICE
+    )
     attention.k_proj.base_layer = fp4
-    dense = torch.nn.Linear(base.in_features, base.out_features, bias=False)
+    dense = torch.nn.Linear(base.in_features, base.out_features, bias=False).to(DEVICE)
     dense.weight.requires_grad_(False)
     attention.v_proj.base_layer = dense
     kinds = [read_linear(n, getattr(attention, n)).kind for n in ("q_proj", "k_proj", "v_proj")]

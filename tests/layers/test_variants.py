@@ -7,6 +7,7 @@ from typing import Any
 import pytest
 import torch
 from layer_helpers import (
+    DEVICE,
     batch,
     largest_error,
     loss_and_gradients,
@@ -118,7 +119,7 @@ def test_dropout_is_drawn_again_in_the_backward_pass(share: float) -> None:
 def test_dropout_drops_its_share_and_only_in_training() -> None:
     from colab_qlora.layers.lora_dropout import drop
 
-    x = torch.ones(400, 50, dtype=torch.float64)
+    x = torch.ones(400, 50, dtype=torch.float64, device=DEVICE)
     dropped = drop(x, 0.3, seed=7)
     assert dropped.unique().tolist() == pytest.approx([0.0, 1 / 0.7])
     assert float((dropped == 0).double().mean()) == pytest.approx(0.3, abs=0.01)
@@ -196,7 +197,8 @@ def test_eight_bit_linears_are_called_as_they_are() -> None:
     eight = bitsandbytes.nn.Linear8bitLt(
         base.in_features, base.out_features, bias=False, has_fp16_weights=False
     )
-    eight.weight = bitsandbytes.nn.Int8Params(base.weight.data, requires_grad=False).to("cpu")
+    eight.weight = bitsandbytes.nn.Int8Params(base.weight.data.cpu(), requires_grad=False)
+    eight.to(DEVICE)
     attention.q_proj.base_layer = eight
     loss, gradients = loss_and_gradients(model, inputs)
     fuse(model)

@@ -14,6 +14,7 @@ from colab_qlora import FastLanguageModel, UserError, restore  # noqa: E402
 from colab_qlora.models.fuse import fused_layers, state_of  # noqa: E402
 
 pytestmark = pytest.mark.model
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 LENGTHS = (5, 1, 9, 3)
 
 
@@ -30,8 +31,8 @@ def model(tiny_model_folder: Path) -> Any:
 
 def packed() -> dict[str, Any]:
     torch.manual_seed(6)
-    ids = torch.randint(5, 500, (1, sum(LENGTHS)))
-    positions = torch.cat([torch.arange(n) for n in LENGTHS])[None]
+    ids = torch.randint(5, 500, (1, sum(LENGTHS))).to(DEVICE)
+    positions = torch.cat([torch.arange(n) for n in LENGTHS])[None].to(DEVICE)
     labels = ids.clone()
     labels[positions == 0] = -100
     return {"input_ids": ids, "position_ids": positions, "labels": labels}
@@ -88,15 +89,15 @@ def test_packed_equals_the_models_own_mask(model: Any) -> None:
 
 def test_plain_positions_are_no_documents(model: Any) -> None:
     ids = packed()["input_ids"].repeat(2, 1)
-    positions = torch.arange(ids.shape[1])[None]
+    positions = torch.arange(ids.shape[1], device=DEVICE)[None]
     model(input_ids=ids, position_ids=positions, labels=ids)
     state = state_of(model)
     assert state is not None and state.documents is None
 
 
 def test_a_sequence_beyond_the_models_positions_is_refused(model: Any) -> None:
-    ids = torch.zeros((1, 513), dtype=torch.long)
+    ids = torch.zeros((1, 513), dtype=torch.long, device=DEVICE)
     with pytest.raises(UserError, match=r"got input_ids of 513 tokens; allowed: up to 512 tokens"):
         model(input_ids=ids, labels=ids)
-    positions = torch.arange(513).remainder(300)[None]
+    positions = torch.arange(513, device=DEVICE).remainder(300)[None]
     assert torch.isfinite(model(input_ids=ids, position_ids=positions, labels=ids).loss)
