@@ -6,6 +6,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 HALF = "*fp16"
+BFLOAT = "*bf16"
 FLOAT = "*fp32"
 
 
@@ -24,6 +25,7 @@ class CompileCase:
         divisible_by_16: arguments known to be multiples of 16, as Triton finds out at a launch.
         uses_dot: True if the kernel holds a `tl.dot`; such a kernel never runs below sm_80, and is
             not compiled for sm_75.
+        options: further options of the launch, such as {"enable_fp_fusion": False}.
     """
 
     name: str
@@ -34,3 +36,4 @@ class CompileCase:
     num_stages: int = 1
     divisible_by_16: tuple[str, ...] = ()
     uses_dot: bool = False
+    options: dict[str, Any] = field(default_factory=dict)

@@ -71,10 +71,9 @@ class NF4State:
     offset: torch.Tensor | None = None
 
 
-# Triton would read an aligned `packed` 16 bytes a thread, then pass the words on through shared
-# memory; 4 bytes a thread, 128 a warp, come in the layout that the stores need
-@triton.jit(do_not_specialize_on_alignment=["packed"])
-def _dequantize_kernel(
+@triton.jit
+def dequantize_program(
+    program,
     packed,
     code,
     absmax,
@@ -92,7 +91,7 @@ def _dequantize_kernel(
     UNITS: tl.constexpr,
 ):
     """CODES are packed in a unit, a byte or a word. A row holds row_steps steps of STEP weights."""
-    first = tl.program_id(0).to(tl.int64) * UNITS
+    first = program.to(tl.int64) * UNITS
     unit = tl.arange(0, UNITS)  # [UNITS]
     lane = tl.arange(0, CODES)[None, :]  # [1, CODES]
     is_unit = (first + unit) * CODES < weights
@@ -123,30 +122,65 @@ def _dequantize_kernel(
     tl.store(out + place, value.to(out.dtype.element_ty), mask=is_weight)
 
 
-def _launch(state: NF4State, out: torch.Tensor) -> None:
-    rows, columns = state.shape
-    packed, codes = state.packed, 2
+# Triton would read an aligned `packed` 16 bytes a thread, then pass the words on through shared
+# memory; 4 bytes a thread, 128 a warp, come in the layout that the stores need
+@triton.jit(do_not_specialize_on_alignment=["packed"])
+def _dequantize_kernel(
+    packed, code, absmax, nested_absmax, nested_code, offset, out, weights,
+    row_steps, row_stride_steps,
+    BLOCKSIZE: tl.constexpr, NESTED_BLOCKSIZE: tl.constexpr,
+    CODES: tl.constexpr, STEP: tl.constexpr, UNITS: tl.constexpr,
+):  # fmt: skip
+    dequantize_program(
+        tl.program_id(0),
+        packed, code, absmax, nested_absmax, nested_code, offset, out, weights,
+        row_steps, row_stride_steps,
+        BLOCKSIZE, NESTED_BLOCKSIZE, CODES, STEP, UNITS,
+    )  # fmt: skip
+
+
+def packed_units(state: NF4State) -> torch.Tensor:
+    """The codes as the kernels read them: words of 8, or bytes of 2 where words do not fit."""
+    packed = state.packed
     # torch views words by their place in the storage, the GPU loads them by their address
     if packed.numel() % 4 == packed.storage_offset() % 4 == packed.data_ptr() % 4 == 0:
-        packed, codes = packed.view(torch.int32), WORD_CODES
-    row_stride = out.stride(0)
+        return packed.view(torch.int32)
+    return packed
+
+
+def programs_of(out: torch.Tensor) -> int:
+    """Programs that decode a weight into `out`."""
+    # rounded up; on the host triton.cdiv takes 1.5 us a call
+    return -(-out.numel() // PROGRAM_CODES)
+
+
+def weight_arguments(state: NF4State, units: torch.Tensor, out: torch.Tensor) -> tuple[Any, ...]:
+    """What `dequantize_program` is told about one weight, from `packed` to `weights`."""
+    nested = (state.nested_absmax, state.nested_code, state.offset)
+    return (units, state.code, state.absmax, *nested, out, out.numel())
+
+
+def form_arguments(state: NF4State, units: torch.Tensor, out: torch.Tensor) -> dict[str, Any]:
+    """The arguments after them: what weights have to share to be decoded in one launch."""
+    columns, row_stride = state.shape[1], out.stride(0)
+    codes = 2 if units.dtype == torch.uint8 else WORD_CODES
     step = codes if columns % codes == 0 and row_stride % codes == 0 else 1
-    _dequantize_kernel[(triton.cdiv(rows * columns, PROGRAM_CODES),)](
-        packed,
-        state.code,
-        state.absmax,
-        state.nested_absmax,
-        state.nested_code,
-        state.offset,
-        out,
-        rows * columns,
-        columns // step,
-        row_stride // step,
-        BLOCKSIZE=state.blocksize,
-        NESTED_BLOCKSIZE=state.nested_blocksize,
-        CODES=codes,
-        STEP=step,
-        UNITS=PROGRAM_CODES // codes,
+    return {
+        "row_steps": columns // step,
+        "row_stride_steps": row_stride // step,
+        "BLOCKSIZE": state.blocksize,
+        "NESTED_BLOCKSIZE": state.nested_blocksize,
+        "CODES": codes,
+        "STEP": step,
+        "UNITS": PROGRAM_CODES // codes,
+    }
+
+
+def _launch(state: NF4State, out: torch.Tensor) -> None:
+    units = packed_units(state)
+    _dequantize_kernel[(programs_of(out),)](
+        *weight_arguments(state, units, out),
+        **form_arguments(state, units, out),
         enable_fp_fusion=FUSES_MULTIPLY_ADD,
     )
 
@@ -277,17 +311,23 @@ def nf4_dequantize(
     state = nf4_state(weight)
     if out is None:
         out = torch.empty(state.shape, dtype=dtype or state.dtype, device=state.packed.device)
-    _check_out(out, state, dtype)
+    check_out(out, state, dtype)
+    decode(state, out)
+    return out
+
+
+def decode(state: NF4State, out: torch.Tensor) -> None:
+    """`nf4_dequantize` once everything is checked."""
     if not out.numel():
-        return out
+        return
     if runs_triton(out):
         _launch(state, out)
     else:
         nf4_reference(state, out)
-    return out
 
 
-def _check_out(out: torch.Tensor, state: NF4State, dtype: torch.dtype | None) -> None:
+def check_out(out: torch.Tensor, state: NF4State, dtype: torch.dtype | None = None) -> None:
+    """Raise UserError unless the weight can be decoded into `out`."""
     if out.shape != state.shape or out.device != state.packed.device:
         got = f"{tuple(out.shape)} on {out.device}"
         allowed = f"{state.shape} on {state.packed.device}"
@@ -324,4 +364,5 @@ def _compile_case(name: str, absmax: str, nested_blocksize: int, step: int) -> C
         signature=pointers | dict.fromkeys(["weights", "row_steps", "row_stride_steps"], "i32"),
         constexprs={**constexprs, "STEP": step, "UNITS": PROGRAM_CODES // WORD_CODES, **absent},
         divisible_by_16=("code", "absmax", "out", "weights"),
+        options={"enable_fp_fusion": FUSES_MULTIPLY_ADD},
     )

@@ -22,23 +22,17 @@ from dataclasses import dataclass, field
 
 import torch
 
-from colab_qlora.layers.decode import decode_weight
+from colab_qlora.kernels.lora_borders import Border, lora_borders_
+from colab_qlora.layers.decode import decode_weights
+from colab_qlora.layers.gemm import accumulate, multiply_into, parameter_gradient
 from colab_qlora.layers.linear import LinearPart, LoraBlock
 from colab_qlora.layers.lora_dropout import drop, dropped_gradient_
 from colab_qlora.layers.module_call import ModuleCall
 from colab_qlora.layers.scratch import Scratch
+from colab_qlora.layers.span import Span, spans_of
 
 # GEMM tiles on tensor cores are 64 deep: fewer spare columns would cost the same
 PADDING = {"cuda": 64}
-
-
-@dataclass(frozen=True)
-class Span:
-    """Consecutive parts whose weights are decoded and multiplied together."""
-
-    parts: tuple[int, ...]
-    first_row: int
-    last_row: int
 
 
 @dataclass
@@ -117,12 +111,13 @@ class LinearGroup:
             lead: leading shape of the model's tensors, for parts that are called as modules.
         """
         x, spare = x_wide[:, : self.in_features], x_wide[:, self.in_features :]
-        self._fill_products(x, spare, call)
-        for span in self._spans(only, x):
+        spans = self._spans(only, x)
+        self._fill_products(x, spare, call, spans[0] if spans else None)
+        for span in spans:
             rows = slice(span.first_row, span.last_row)
             weight = self._decoded(span, x_wide)[: rows.stop - rows.start]
             bias = self._bias(span, x)
-            _multiply(x_wide, weight, out[:, rows], bias, _columns(residual, rows))
+            multiply_into(x_wide, weight, out[:, rows], bias, _columns(residual, rows))
         for index in self._modules(only):
             rows = slice(self.rows[index], self.rows[index + 1])
             y = call.modules.setdefault(index, ModuleCall()).forward(
@@ -178,16 +173,12 @@ class LinearGroup:
         dy, spare = dy_wide[:, : self.out_features], dy_wide[:, self.out_features :]
         if products is None:
             products = self.products(x, call)
-        gradients: dict[int, torch.Tensor | None] = {}
+        gradients: dict[int, torch.Tensor | None] = self._a_gradients(spare, x, call)
         for index, column, block in self.blocks:
             columns = slice(column, column + block.rank)
-            if block.a.requires_grad:
-                seed = call.seeds.get(column)
-                seen = x if seed is None else drop(x, block.dropout, seed)
-                gradients[id(block.a)] = _gradient(spare[:, columns], seen, block.a)
             if block.b.requires_grad:
                 own = dy[:, self.rows[index] : self.rows[index + 1]]
-                gradients[id(block.b)] = _gradient(
+                gradients[id(block.b)] = parameter_gradient(
                     own, products[:, columns], block.b, block.scaling
                 )
         for index, part in enumerate(self.parts):
@@ -198,10 +189,26 @@ class LinearGroup:
                 gradients[id(part.bias)] = own.sum(0, dtype=part.bias.dtype)
         return [gradients.get(id(p)) for p in self.trainable()]
 
+    def _a_gradients(
+        self, spare: torch.Tensor, x: torch.Tensor, call: GroupCall
+    ) -> dict[int, torch.Tensor | None]:
+        """(dY s B)^T x of every block; one GEMM where no block has a dropout of its own."""
+        blocks = [(column, block) for _, column, block in self.blocks if block.a.requires_grad]
+        if len(blocks) > 1 and not call.seeds and len({b.a.dtype for _, b in blocks}) == 1:
+            together = parameter_gradient(spare[:, : self.rank], x, blocks[0][1].a)
+            return {id(b.a): together[column : column + b.rank] for column, b in blocks}
+        gradients: dict[int, torch.Tensor | None] = {}
+        for column, block in blocks:
+            seed = call.seeds.get(column)
+            seen = x if seed is None else drop(x, block.dropout, seed)
+            ds = spare[:, column : column + block.rank]
+            gradients[id(block.a)] = parameter_gradient(ds, seen, block.a)
+        return gradients
+
     def products(self, x: torch.Tensor, call: GroupCall) -> torch.Tensor:
         """X A^T, (tokens, rank), with the dropout of this call."""
         spare = x.new_empty((x.shape[0], self.spare_columns(x.device)))
-        self._fill_products(x, spare, call)
+        self._fill_products(x, spare, call, None)
         return spare[:, : self.rank]
 
     @property
@@ -223,24 +230,27 @@ class LinearGroup:
         height, width = span.last_row - span.first_row, self.in_features
         dy = dy_wide[:, span.first_row : span.last_row]
         if spare.shape[1]:
-            _accumulate(spare, dy, weight[:height, width:], is_first)
+            accumulate(spare, dy, weight[:height, width:], is_first)
         if dx is None:
             return
         if is_last and span.last_row == self.out_features:
             # the spare columns stand right beside these rows' gradient, and A under their weight
-            _accumulate(dx, dy_wide[:, span.first_row :], weight[:, :width], is_first)
+            accumulate(dx, dy_wide[:, span.first_row :], weight[:, :width], is_first)
             return
-        _accumulate(dx, dy, weight[:height, :width], is_first)
+        accumulate(dx, dy, weight[:height, :width], is_first)
         if is_last and spare.shape[1]:
-            _accumulate(dx, spare, weight[height:, :width], False)
+            accumulate(dx, spare, weight[height:, :width], False)
 
-    def _fill_products(self, x: torch.Tensor, spare: torch.Tensor, call: GroupCall) -> None:
+    def _fill_products(
+        self, x: torch.Tensor, spare: torch.Tensor, call: GroupCall, span: Span | None
+    ) -> None:
         """X A^T into the spare columns; zeros where no adapter stands."""
         if not spare.shape[1]:
             return
-        shape = (spare.shape[1], self.in_features)
-        stacked = self.scratch.get("lora_a", shape, x.dtype, x.device)
-        self._write_a(stacked)
+        if span is None:
+            span = Span((), 0, 0)  # no weight, but its border holds A all the same
+        height = span.last_row - span.first_row
+        stacked = self._decoded(span, x)[height:, : self.in_features]
         torch.mm(x, stacked.t(), out=spare)
         for _, column, block in self.blocks:
             if not block.dropout:
@@ -250,41 +260,49 @@ class LinearGroup:
             seen = drop(x, block.dropout, call.seeds[column])
             spare[:, column : column + block.rank] = seen @ block.a.to(x.dtype).t()
 
-    def _write_a(self, rows: torch.Tensor) -> None:
-        """The adapters' A, one under the other; blocks with dropout and the padding are zero."""
-        if self.rank < rows.shape[0] or any(block.dropout for _, _, block in self.blocks):
-            rows.zero_()
-        for _, column, block in self.blocks:
-            if not block.dropout:
-                rows[column : column + block.rank].copy_(block.a)
-
     def _decoded(self, span: Span, like: torch.Tensor) -> torch.Tensor:
-        """[W | s B ; A] of a span, (rows + spare, in + spare), in the dtype of `like`."""
-        spare = self.spare_columns(like.device)
-        shape = (span.last_row - span.first_row + spare, self.in_features + spare)
+        """[W | s B ; A] of a span, (rows + spare, in + spare), in the dtype of `like`.
+
+        Blocks with dropout have no A here: what they see of the input is not what the others see.
+        """
+        spare, width = self.spare_columns(like.device), self.in_features
+        height = span.last_row - span.first_row
+        shape = (height + spare, width + spare)
+        slot = self.slot if span.parts else "lora_a"
         content = (id(self), span, shape)
-        if self.scratch.holds(self.slot, content):
-            return self.scratch.peek(self.slot, shape, like.dtype, like.device)
-        buffer = self.scratch.get(self.slot, shape, like.dtype, like.device)
-        for index in span.parts:
-            first = self.rows[index] - span.first_row
-            rows = slice(first, first + self.parts[index].out_features)
-            decode_weight(self.parts[index], buffer[rows, : self.in_features])
-        if spare:
-            self._write_borders(span, buffer)
-        self.scratch.label(self.slot, content)
+        if self.scratch.holds(slot, content):
+            return self.scratch.peek(slot, shape, like.dtype, like.device)
+        buffer = self.scratch.get(slot, shape, like.dtype, like.device)
+        firsts = [self.rows[index] - span.first_row for index in span.parts]
+        parts = [self.parts[index] for index in span.parts]
+        decode_weights(
+            parts,
+            [
+                buffer[first : first + part.out_features, :width]
+                for first, part in zip(firsts, parts, strict=True)
+            ],
+        )
+        lora_borders_(buffer, height, width, self._borders(span))
+        self.scratch.label(slot, content)
         return buffer
 
-    def _write_borders(self, span: Span, buffer: torch.Tensor) -> None:
-        height = span.last_row - span.first_row
-        right = buffer[:height, self.in_features :]
-        right.zero_()
+    def _borders(self, span: Span) -> list[Border]:
+        """Where the adapters stand beside and under the span's weight; all of them have an A."""
+        borders = []
         for index, column, block in self.blocks:
-            if index in span.parts:
-                first = self.rows[index] - span.first_row
-                target = right[first : first + block.b.shape[0], column : column + block.rank]
-                torch.mul(block.b.detach(), block.scaling, out=target)
-        self._write_a(buffer[height:, : self.in_features])
+            here = index in span.parts
+            b = block.b.detach()
+            borders.append(
+                Border(
+                    first_row=self.rows[index] - span.first_row if here else 0,
+                    column=column,
+                    a=block.a.detach(),
+                    b=b if here else b[:0],
+                    scale=block.scaling,
+                    has_a=not block.dropout,
+                )
+            )
+        return borders
 
     def _bias(self, span: Span, x: torch.Tensor) -> torch.Tensor | None:
         parts = [self.parts[index] for index in span.parts]
@@ -301,66 +319,9 @@ class LinearGroup:
         ]
 
     def _spans(self, only: frozenset[int] | None, like: torch.Tensor) -> list[Span]:
-        """Runs of neighbouring parts that are decoded, each within the byte budget."""
-        spans: list[Span] = []
         row_bytes = (self.in_features + self.spare_columns(like.device)) * like.element_size()
-        current: list[int] = []
-
-        def close() -> None:
-            if current:
-                last = self.rows[current[-1] + 1]
-                spans.append(Span(tuple(current), self.rows[current[0]], last))
-                current.clear()
-
-        for index, part in enumerate(self.parts):
-            if part.kind == "module" or (only is not None and index not in only):
-                close()
-                continue
-            if current and self.max_weight_bytes is not None:
-                height = self.rows[index + 1] - self.rows[current[0]]
-                if height * row_bytes > self.max_weight_bytes:
-                    close()
-            current.append(index)
-        close()
-        return spans
+        return spans_of(self.parts, self.rows, row_bytes, self.max_weight_bytes, only)
 
 
 def _columns(tensor: torch.Tensor | None, columns: slice) -> torch.Tensor | None:
     return None if tensor is None else tensor[:, columns]
-
-
-def _multiply(
-    x: torch.Tensor,
-    weight: torch.Tensor,
-    out: torch.Tensor,
-    bias: torch.Tensor | None,
-    residual: torch.Tensor | None,
-) -> None:
-    """out = x weight^T + bias + residual."""
-    if residual is not None:
-        torch.addmm(residual, x, weight.t(), out=out)
-        if bias is not None:
-            out += bias
-    elif bias is not None:
-        torch.addmm(bias, x, weight.t(), out=out)
-    else:
-        torch.mm(x, weight.t(), out=out)
-
-
-def _accumulate(out: torch.Tensor, a: torch.Tensor, b: torch.Tensor, is_first: bool) -> None:
-    """out = a b, or out += a b."""
-    if is_first:
-        torch.mm(a, b, out=out)
-    else:
-        out.addmm_(a, b)
-
-
-def _gradient(
-    left: torch.Tensor, right: torch.Tensor, parameter: torch.nn.Parameter, scale: float = 1.0
-) -> torch.Tensor:
-    """scale * left^T right in the parameter's dtype."""
-    if left.is_cuda and left.dtype != parameter.dtype == torch.float32:
-        product = torch.mm(left.t(), right, out_dtype=torch.float32)
-    else:
-        product = torch.mm(left.t(), right).to(parameter.dtype)
-    return product if scale == 1.0 else product.mul_(scale)

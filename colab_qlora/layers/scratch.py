@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Hashable
+from typing import Any
 
 import torch
 
@@ -19,6 +20,10 @@ class Scratch:
     def __init__(self) -> None:
         self._slots: dict[tuple[str, torch.dtype, torch.device], torch.Tensor] = {}
         self._contents: dict[str, Hashable] = {}
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Pickles and copies start empty: nothing in here outlives a pass."""
+        return vars(Scratch())
 
     def get(
         self, slot: str, shape: tuple[int, ...], dtype: torch.dtype, device: torch.device

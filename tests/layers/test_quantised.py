@@ -11,7 +11,7 @@ from layer_helpers import DEVICE, batch, largest_error, loss_and_gradients, true
 
 from colab_qlora import FastLanguageModel, restore
 from colab_qlora.kernels.backend import HAS_TRITON, is_interpreting, use_backend
-from colab_qlora.layers.decode import decode_weight
+from colab_qlora.layers.decode import decode_weights
 from colab_qlora.layers.linear import read_linear
 from colab_qlora.models.fuse import fuse, state_of
 
@@ -42,7 +42,7 @@ def in_float64(model: Any, folder: Path) -> Any:
         if type(module) is torch.nn.Linear and name.endswith("base_layer"):
             part = read_linear(name, ours[name])
             exact = torch.empty(part.out_features, part.in_features, device=DEVICE)
-            decode_weight(part, exact)
+            decode_weights([part], [exact])
             module.weight.data = exact
     other.double()
     wide = dict(model.named_parameters())
