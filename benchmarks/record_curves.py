@@ -58,34 +58,42 @@ def record_curve(name: str, model_name: str) -> dict:
             processing_class=tokenizer,
             train_dataset=format_chat(read_records(sample_path("train.jsonl"))[: run.rows]),
             eval_dataset=format_chat(read_records(sample_path("eval.jsonl"))),
-            args=SFTConfig(
-                output_dir=out,
-                num_train_epochs=run.epochs,
-                max_steps=run.max_steps,
-                per_device_train_batch_size=4,
-                gradient_accumulation_steps=2,
-                per_device_eval_batch_size=8,
-                learning_rate=run.learning_rate,
-                warmup_steps=3,
-                lr_scheduler_type="cosine",
-                weight_decay=0.01,
-                optim="adamw_8bit",
-                logging_steps=1,
-                eval_strategy="steps",
-                eval_steps=run.eval_steps,
-                save_strategy="no",
-                seed=42,
-            ),
+            args=_arguments(run, out),
         )
         trainer.train()
         target = sample_path() / "curves" / f"{name}.jsonl"
         target.parent.mkdir(exist_ok=True)
         shutil.copyfile(Path(out) / "loss_log.jsonl", target)
+    return {"run": name, **_summary(target)}
+
+
+def _arguments(run: Run, out: str) -> SFTConfig:
+    return SFTConfig(
+        output_dir=out,
+        num_train_epochs=run.epochs,
+        max_steps=run.max_steps,
+        per_device_train_batch_size=4,
+        gradient_accumulation_steps=2,
+        per_device_eval_batch_size=8,
+        learning_rate=run.learning_rate,
+        warmup_steps=3,
+        lr_scheduler_type="cosine",
+        weight_decay=0.01,
+        optim="adamw_8bit",
+        logging_steps=1,
+        eval_strategy="steps",
+        eval_steps=run.eval_steps,
+        save_strategy="no",
+        seed=42,
+    )
+
+
+def _summary(target: Path) -> dict:
+    """Steps, losses and seconds of a recorded log."""
     records = read_log(target).records
     evals = [r["eval_loss"] for r in records if "eval_loss" in r]
     losses = [r["loss"] for r in records if "loss" in r]
     return {
-        "run": name,
         "steps": len(losses),
         "train_first": losses[0],
         "train_last": losses[-1],

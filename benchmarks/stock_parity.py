@@ -10,21 +10,17 @@ Each side runs in a process of its own. Prints both losses at every step and the
 from __future__ import annotations
 
 import argparse
+import ast
 import json
 import os
 import subprocess
 import sys
 import tempfile
-from pathlib import Path
 
 from benchmarks import record
+from benchmarks.tutorial import ROOT
 
 TARGETS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
-PROMPT = """Below is an instruction that describes a task.
-### Instruction:
-{}
-### Response:
-{}"""
 LENGTH = 2048
 
 
@@ -46,15 +42,25 @@ def _arguments(out: str, steps: int) -> dict:
     }
 
 
+def prompt_template() -> str:
+    """The template of the tutorial script, which is parsed: an import would train."""
+    script = ROOT / "tests" / "tutorial_script.py"
+    for node in ast.parse(script.read_text(encoding="utf-8")).body:
+        if isinstance(node, ast.Assign) and ast.unparse(node.targets[0]) == "alpaca_prompt":
+            return ast.literal_eval(node.value)
+    raise ValueError(f"{script} assigns no alpaca_prompt")
+
+
 def _dataset(rows: int, eos: str):
     from datasets import load_dataset
 
-    path = Path(__file__).resolve().parent.parent / "data_samples" / "train.jsonl"
+    path = ROOT / "data_samples" / "train.jsonl"
     data = load_dataset("json", data_files=str(path), split="train").select(range(rows))
+    template = prompt_template()
     return data.map(
         lambda batch: {
             "text": [
-                PROMPT.format(i, o) + eos
+                template.format(i, o) + eos
                 for i, o in zip(batch["instruction"], batch["output"], strict=True)
             ]
         },
@@ -89,29 +95,9 @@ def run_ours(options: argparse.Namespace, out: str) -> list[float]:
 def run_stock(options: argparse.Namespace, out: str) -> list[float]:
     """The same run without the kit; only the embedded model's folder comes from it."""
     import torch
-    from peft import LoraConfig, get_peft_model
-    from transformers import AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig
     from trl import SFTConfig, SFTTrainer
 
-    from colab_qlora.models.embedded import embedded_model_path
-
-    source = str(embedded_model_path()) if options.model == "embedded" else options.model
-    dtype = getattr(torch, options.dtype)
-    model = AutoModelForCausalLM.from_pretrained(
-        source,
-        dtype=dtype,
-        device_map={"": 0 if torch.cuda.is_available() else "cpu"},
-        quantization_config=BitsAndBytesConfig(
-            load_in_4bit=True,
-            bnb_4bit_quant_type="nf4",
-            bnb_4bit_use_double_quant=True,
-            bnb_4bit_compute_dtype=dtype,
-        ),
-    )
-    tokenizer = AutoTokenizer.from_pretrained(source)
-    torch.manual_seed(42)
-    config = LoraConfig(r=16, lora_alpha=32, target_modules=TARGETS, task_type="CAUSAL_LM")
-    model = get_peft_model(model, config)
+    model, tokenizer = _stock_model(options)
     trainer = SFTTrainer(
         model=model,
         processing_class=tokenizer,
@@ -132,6 +118,33 @@ def run_stock(options: argparse.Namespace, out: str) -> list[float]:
                 parameter.data = parameter.data.float()
     trainer.train()
     return [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
+
+
+def _stock_model(options: argparse.Namespace):
+    """The 4-bit model with adapters, as transformers and PEFT make them, and its tokenizer."""
+    import torch
+    from peft import LoraConfig, get_peft_model
+    from transformers import AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig
+
+    from colab_qlora.models.embedded import embedded_model_path
+
+    source = str(embedded_model_path()) if options.model == "embedded" else options.model
+    dtype = getattr(torch, options.dtype)
+    model = AutoModelForCausalLM.from_pretrained(
+        source,
+        dtype=dtype,
+        device_map={"": 0 if torch.cuda.is_available() else "cpu"},
+        quantization_config=BitsAndBytesConfig(
+            load_in_4bit=True,
+            bnb_4bit_quant_type="nf4",
+            bnb_4bit_use_double_quant=True,
+            bnb_4bit_compute_dtype=dtype,
+        ),
+    )
+    tokenizer = AutoTokenizer.from_pretrained(source)
+    torch.manual_seed(42)
+    config = LoraConfig(r=16, lora_alpha=32, target_modules=TARGETS, task_type="CAUSAL_LM")
+    return get_peft_model(model, config), tokenizer
 
 
 def main() -> None:

@@ -7,8 +7,9 @@ use (PEP 562).
 
 from __future__ import annotations
 
-import importlib
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
+
+from colab_qlora.lazy import lazy_names
 
 __version__ = "0.1.0"
 
@@ -52,13 +53,4 @@ if TYPE_CHECKING:
     from colab_qlora.training.arguments import SFTConfig
     from colab_qlora.training.trainer import SFTTrainer
 
-
-def __getattr__(name: str) -> Any:
-    module = _EXPORTS.get(name)
-    if module is None:
-        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    return getattr(importlib.import_module(f"{__name__}.{module}"), name)
-
-
-def __dir__() -> list[str]:
-    return sorted(__all__)
+__getattr__, __dir__ = lazy_names(__name__, _EXPORTS, __all__)

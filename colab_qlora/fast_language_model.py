@@ -49,7 +49,7 @@ class FastLanguageModel:
             token: access token for a gated model; used for this call and stored nowhere.
             device_map: as in transformers; None puts everything on the one GPU, or on the CPU.
             rope_scaling: stretch the positions, e.g. {"rope_type": "linear", "factor": 2.0}.
-            revision: branch, tag or commit of the hub model.
+            revision: branch, tag or commit of the hub model (of an adapter folder's base model).
             trust_remote_code: run Python code that comes with the model; off unless asked for.
             **kwargs: passed to transformers' from_pretrained.
 
@@ -68,13 +68,14 @@ class FastLanguageModel:
             "token": token,
             "device_map": device_map,
             "rope_scaling": rope_scaling,
+            "revision": revision,
             "trust_remote_code": trust_remote_code,
             **kwargs,
         }
         load_args = (max_seq_length, dtype, load_in_4bit, load_in_8bit)
         if model_name and is_adapter_folder(model_name):
             return load_adapter_folder(model_name, *load_args, **options)
-        return load_model_and_tokenizer(model_name, *load_args, revision=revision, **options)
+        return load_model_and_tokenizer(model_name, *load_args, **options)
 
     @staticmethod
     def get_peft_model(

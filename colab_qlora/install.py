@@ -15,7 +15,6 @@ What moved is measured afterwards and reported, and so is whether the kernel mus
 from __future__ import annotations
 
 import importlib
-import importlib.metadata
 import re
 import sys
 import tempfile
@@ -24,7 +23,7 @@ from pathlib import Path
 
 from colab_qlora.environment import detect_platform
 from colab_qlora.errors import UserError
-from colab_qlora.install_report import InstallReport, remaining_problems
+from colab_qlora.install_report import InstallReport, measured_report, remaining_problems
 from colab_qlora.pip_tools import (
     SOURCES,
     CommandResult,
@@ -127,61 +126,65 @@ def install_missing(
     platform = detect_platform() if platform is None else platform
     before = versions()
     if "torch" not in before and not allow_torch:
-        raise UserError(
-            "torch is not installed, and which build is right depends on the machine",
-            do=f'Install torch first: pip install "{REQUIREMENTS[0].specifier}"',
-        )
-    wanted = missing_requirements(before, has_cuda_gpu=has_cuda_gpu)
-    wanted += [name for name in also if _is_missing(name, before)]
+        raise _no_torch()
+    wanted = _missing(before, has_cuda_gpu, also)
     with tempfile.TemporaryDirectory(prefix="colab_qlora_") as folder:
         session = _Session(_no_run if dry_run else run, on_line, Path(folder))
         on_line(f"missing: {', '.join(wanted) or 'nothing'}")
-        torchao = before.get("torchao")
-        if torchao is not None and is_older(torchao, torchao_minimum()):
-            if remove_torchao or (remove_torchao is None and platform in ("colab", "kaggle")):
-                session.pip("uninstall", "-y", "torchao")
-            else:
-                on_line(f"torchao {torchao} stays: removing it is not this kit's decision here")
-        failed = _climb(session, wanted) if wanted else {}
+        _settle_torchao(session, before.get("torchao"), remove_torchao, platform)
+        reasons = _climb(session, wanted) if wanted else {}
     if dry_run:
-        return InstallReport(
-            wanted=tuple(wanted),
-            commands=tuple(session.commands),
-            dry_run=True,
-            notes=(
-                *remaining_problems(before),
-                *(f"would run: {line}" for line in session.commands),
-            ),
-        )
+        return _would_run(before, wanted, session.commands)
     # the interpreter caches folder listings, so it would not see what pip has just written
     importlib.invalidate_caches()
     after = versions()
-    still = missing_requirements(after, has_cuda_gpu=has_cuda_gpu)
-    still += [name for name in also if _is_missing(name, after)]
     # a package can fail alone and still come in with another one, and pip can succeed to no effect
-    failed = {
-        _name(requirement): failed.get(_name(requirement), "pip succeeded, but it is out of range")
-        for requirement in still
-    }
-    changes = {
-        name: (before.get(name), after.get(name))
-        for name in sorted({*before, *after})
-        if before.get(name) != after.get(name)
-    }
-    asked = {canonical_name(_name(requirement)) for requirement in wanted} | {"torchao"}
-    because = _imported(
-        [name for name in changes if before.get(name)], sys.modules if modules is None else modules
+    still = [_name(requirement) for requirement in _missing(after, has_cuda_gpu, also)]
+    no_effect = "pip succeeded, but it is out of range"
+    return measured_report(
+        before,
+        after,
+        sys.modules if modules is None else modules,
+        asked={canonical_name(_name(requirement)) for requirement in wanted} | {"torchao"},
+        wanted=tuple(wanted),
+        failed={name: reasons.get(name, no_effect) for name in still},
+        commands=tuple(session.commands),
     )
+
+
+def _no_torch() -> UserError:
+    return UserError(
+        "torch is not installed, and which build is right depends on the machine",
+        do=f'Install torch first: pip install "{REQUIREMENTS[0].specifier}"',
+    )
+
+
+def _missing(versions: dict[str, str], has_cuda_gpu: bool | None, also: Sequence[str]) -> list[str]:
+    """The table's and the caller's requirements that the installed versions do not meet."""
+    missing = missing_requirements(versions, has_cuda_gpu=has_cuda_gpu)
+    return missing + [name for name in also if _is_missing(name, versions)]
+
+
+def _settle_torchao(
+    session: _Session, torchao: str | None, remove: bool | None, platform: str
+) -> None:
+    """Remove a torchao that PEFT rejects, or say that it stays."""
+    if torchao is None or not is_older(torchao, torchao_minimum()):
+        return
+    if remove or (remove is None and platform in ("colab", "kaggle")):
+        session.pip("uninstall", "-y", "torchao")
+    else:
+        session.on_line(f"torchao {torchao} stays: removing it is not this kit's decision here")
+
+
+def _would_run(
+    before: Mapping[str, str], wanted: Sequence[str], commands: Sequence[str]
+) -> InstallReport:
     return InstallReport(
         wanted=tuple(wanted),
-        failed=failed,
-        changes=changes,
-        moved=tuple(name for name in changes if before.get(name) and name not in asked),
-        torch_kept=before.get("torch") in (None, after.get("torch")),
-        restart_needed=bool(because),
-        restart_because=because,
-        commands=tuple(session.commands),
-        notes=remaining_problems(after),
+        commands=tuple(commands),
+        dry_run=True,
+        notes=(*remaining_problems(before), *(f"would run: {line}" for line in commands)),
     )
 
 
@@ -267,19 +270,3 @@ def _is_missing(requirement: str, versions: Mapping[str, str]) -> bool:
     version = versions.get(canonical_name(_name(requirement)))
     minimum = re.search(r">=\s*([\w.]+)", requirement)
     return version is None or (minimum is not None and is_older(version, minimum[1]))
-
-
-def _imported(names: Sequence[str], modules: Collection[str]) -> tuple[str, ...]:
-    """Those of the packages whose module is in `modules`."""
-    if not names:
-        return ()
-    provides: dict[str, set[str]] = {name: {name.replace("-", "_")} for name in names}
-    try:
-        modules_of = importlib.metadata.packages_distributions()
-    except Exception:  # one package with broken metadata: the names alone must do
-        modules_of = {}
-    for module, distributions in modules_of.items():
-        for distribution in filter(None, distributions):
-            if canonical_name(distribution) in provides:
-                provides[canonical_name(distribution)].add(module)
-    return tuple(name for name in names if any(module in modules for module in provides[name]))

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import importlib.metadata
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 
 from colab_qlora.environment import bitsandbytes_cuda_versions
 from colab_qlora.problems import has_cuda_library
 from colab_qlora.requirements import (
     REQUIREMENTS,
+    canonical_name,
     is_older,
     torch_cuda_build,
     torchao_minimum,
@@ -69,6 +71,43 @@ class InstallReport:
         return "\n".join(self.lines())
 
 
+def measured_report(
+    before: Mapping[str, str],
+    after: Mapping[str, str],
+    modules: Collection[str],
+    *,
+    asked: Collection[str],
+    wanted: tuple[str, ...],
+    failed: Mapping[str, str],
+    commands: tuple[str, ...],
+) -> InstallReport:
+    """The report of an install, with what moved between two sets of installed versions.
+
+    Args:
+        before, after: canonical name -> installed version.
+        modules: names of the modules that this process has imported.
+        asked: canonical names of the packages that were meant to move.
+        wanted, failed, commands: as in the report.
+    """
+    changes = {
+        name: (before.get(name), after.get(name))
+        for name in sorted({*before, *after})
+        if before.get(name) != after.get(name)
+    }
+    because = _imported([name for name in changes if before.get(name)], modules)
+    return InstallReport(
+        wanted=wanted,
+        failed=failed,
+        changes=changes,
+        moved=tuple(name for name in changes if before.get(name) and name not in asked),
+        torch_kept=before.get("torch") in (None, after.get("torch")),
+        restart_needed=bool(because),
+        restart_because=because,
+        commands=commands,
+        notes=remaining_problems(after),
+    )
+
+
 def remaining_problems(versions: Mapping[str, str]) -> tuple[str, ...]:
     """What pip cannot know: packages that are installed and will fail all the same.
 
@@ -94,3 +133,19 @@ def remaining_problems(versions: Mapping[str, str]) -> tuple[str, ...]:
                 "run: pip install -U bitsandbytes"
             )
     return tuple(notes)
+
+
+def _imported(names: Sequence[str], modules: Collection[str]) -> tuple[str, ...]:
+    """Those of the packages whose module is in `modules`."""
+    if not names:
+        return ()
+    provides: dict[str, set[str]] = {name: {name.replace("-", "_")} for name in names}
+    try:
+        modules_of = importlib.metadata.packages_distributions()
+    except Exception:  # one package with broken metadata: the names alone must do
+        modules_of = {}
+    for module, distributions in modules_of.items():
+        for distribution in filter(None, distributions):
+            if canonical_name(distribution) in provides:
+                provides[canonical_name(distribution)].add(module)
+    return tuple(name for name in names if any(module in modules for module in provides[name]))

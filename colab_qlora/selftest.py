@@ -72,20 +72,12 @@ def self_test(seconds: float = 5) -> SelfTest:
         generator = torch.Generator().manual_seed(0)
         matrix = torch.randn(SIZE, SIZE, generator=generator).to(device, dtype)
         nf4_error = _round_trip_error(torch, bitsandbytes, matrix)
-        good = ERROR_RANGE[0] < nf4_error < ERROR_RANGE[1]
-        ok = ok and good
-        lines.append(
-            f"NF4 round trip on {device}: relative error {nf4_error:.3f}"
-            + ("" if good else f", expected {ERROR_RANGE[0]} to {ERROR_RANGE[1]}")
-        )
-        output_error, gradient_error = _layer_errors(torch, bitsandbytes, device, dtype)
-        limit = TOLERANCE[dtype_name]
-        good = output_error < limit and gradient_error < limit
-        ok = ok and good
-        lines.append(
-            f"4-bit layer in {dtype_name}: output off by {output_error:.1e}, gradient by "
-            f"{gradient_error:.1e}" + ("" if good else f", expected below {limit:.0e}")
-        )
+        decodes, line = _judge_round_trip(nf4_error, device)
+        lines.append(line)
+        errors = _layer_errors(torch, bitsandbytes, device, dtype)
+        computes, line = _judge_layer(errors, dtype_name)
+        lines.append(line)
+        ok = decodes and computes
     except Exception as error:  # any failure of the library is the finding itself
         ok = False
         text = str(error).strip().splitlines()
@@ -96,6 +88,19 @@ def self_test(seconds: float = 5) -> SelfTest:
         + ("" if spent <= seconds else f": slower than {seconds:g} s, is something else running?")
     )
     return SelfTest(ok, tuple(lines), device, dtype_name, nf4_error, spent)
+
+
+def _judge_round_trip(error: float, device: str) -> tuple[bool, str]:
+    good = ERROR_RANGE[0] < error < ERROR_RANGE[1]
+    line = f"NF4 round trip on {device}: relative error {error:.3f}"
+    return good, line + ("" if good else f", expected {ERROR_RANGE[0]} to {ERROR_RANGE[1]}")
+
+
+def _judge_layer(errors: tuple[float, float], dtype_name: str) -> tuple[bool, str]:
+    limit = TOLERANCE[dtype_name]
+    good = all(error < limit for error in errors)
+    line = "4-bit layer in {}: output off by {:.1e}, gradient by {:.1e}".format(dtype_name, *errors)
+    return good, line + ("" if good else f", expected below {limit:.0e}")
 
 
 def _relative(torch: Any, value: Any, exact: Any) -> float:

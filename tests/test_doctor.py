@@ -9,6 +9,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import metadata_helpers
 import pytest
 
 from colab_qlora import __main__ as command_line
@@ -18,44 +19,11 @@ from colab_qlora.errors import UserError
 from colab_qlora.install_report import InstallReport
 
 ROOT = Path(__file__).parents[1]
-VERSIONS = {
-    "torch": "2.11.0+cu128",
-    "triton": "3.6.0",
-    "transformers": "5.15.0",
-    "peft": "0.20.0",
-    "bitsandbytes": "0.50.2",
-    "trl": "0.29.1",
-    "datasets": "4.0.0",
-    "accelerate": "1.14.0",
-    "safetensors": "0.8.0",
-    "numpy": "2.1.3",
-    "ipywidgets": "7.7.1",
-    "IPython": "7.34.0",
-    "matplotlib": "3.10.0",
-    "torchao": None,
-    "colab_qlora": "0.1.0",
-}
-T4 = Environment(
-    platform="colab",
-    os="Linux x86_64",
-    python="3.13.15",
-    cpu_count=2,
-    host_total_gib=12.7,
-    host_free_gib=11.0,
-    disk_free_gib=60.0,
-    torch_version="2.11.0+cu128",
-    cuda_build="12.8",
-    gpu_count=1,
-    gpu_name="Tesla T4",
-    compute_capability=(7, 5),
-    gpu_total_gib=14.74,
-    gpu_free_gib=14.6,
-    compute_dtype="float16",
-    bitsandbytes_cuda=("128",),
-    torchao_minimum="0.16.0",
-    versions=VERSIONS,
+T4 = dataclasses.replace(
+    metadata_helpers.T4,
+    versions={**metadata_helpers.T4.versions, "IPython": "7.34.0", "colab_qlora": "0.1.0"},
 )
-ILL = dataclasses.replace(T4, versions={**VERSIONS, "torchao": "0.10.0", "trl": None})
+ILL = dataclasses.replace(T4, versions={**T4.versions, "torchao": "0.10.0", "trl": None})
 
 
 def test_table_of_a_t4():

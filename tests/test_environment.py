@@ -8,6 +8,7 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
+from metadata_helpers import T4
 
 from colab_qlora import environment, host, requirements
 from colab_qlora.environment import (
@@ -25,41 +26,6 @@ from colab_qlora.problems import Problem, has_cuda_library
 from colab_qlora.requirements import REQUIREMENTS, is_older, release, version_state
 
 GIB = 1024**3
-GOOD = {
-    "torch": "2.11.0+cu128",
-    "triton": "3.6.0",
-    "numpy": "2.1.3",
-    "safetensors": "0.8.0",
-    "transformers": "5.15.0",
-    "accelerate": "1.14.0",
-    "peft": "0.20.0",
-    "bitsandbytes": "0.50.2",
-    "datasets": "4.0.0",
-    "trl": "0.29.1",
-    "matplotlib": "3.10.0",
-    "ipywidgets": "7.7.1",
-    "torchao": None,
-}
-T4 = Environment(
-    platform="colab",
-    os="Linux x86_64",
-    python="3.13.15",
-    cpu_count=2,
-    host_total_gib=12.7,
-    host_free_gib=11.0,
-    disk_free_gib=60.0,
-    torch_version="2.11.0+cu128",
-    cuda_build="12.8",
-    gpu_count=1,
-    gpu_name="Tesla T4",
-    compute_capability=(7, 5),
-    gpu_total_gib=14.74,
-    gpu_free_gib=14.6,
-    compute_dtype="float16",
-    bitsandbytes_cuda=("126", "128", "130"),
-    torchao_minimum="0.16.0",
-    versions=GOOD,
-)
 CPU = dataclasses.replace(
     T4,
     platform="plain",
@@ -71,7 +37,7 @@ CPU = dataclasses.replace(
     gpu_total_gib=None,
     gpu_free_gib=None,
     compute_dtype="bfloat16",
-    versions={**GOOD, "triton": None},
+    versions={**T4.versions, "triton": None},
 )
 
 

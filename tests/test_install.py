@@ -7,6 +7,7 @@ import sys
 from types import SimpleNamespace
 
 import pytest
+from metadata_helpers import COLAB, READY
 
 from colab_qlora import install, install_report, pip_tools, selftest
 from colab_qlora.errors import UserError
@@ -21,21 +22,6 @@ from colab_qlora.install import (
 from colab_qlora.pip_tools import failure_kind, failure_line, run_command
 from colab_qlora.requirements import REQUIREMENTS, canonical_name
 
-# what Colab preinstalls, as far as the table asks
-COLAB = {
-    "torch": "2.11.0+cu128",
-    "triton": "3.6.0",
-    "numpy": "2.1.3",
-    "safetensors": "0.8.0",
-    "transformers": "5.15.0",
-    "accelerate": "1.14.0",
-    "peft": "0.20.0",
-    "datasets": "4.0.0",
-    "matplotlib": "3.10.0",
-    "ipywidgets": "7.7.1",
-    "torchao": "0.10.0",
-}
-READY = {**COLAB, "bitsandbytes": "0.50.2", "trl": "0.29.1", "torchao": "0.16.0"}
 NO_INDEX = "ERROR: Could not find a version that satisfies the requirement {0} (from versions: none)\nERROR: No matching distribution found for {0}\n"  # noqa: E501
 CONFLICT = "ERROR: Cannot install {0} because these package versions have conflicting dependencies.\nERROR: ResolutionImpossible: for help visit ...\n"  # noqa: E501
 

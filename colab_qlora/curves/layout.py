@@ -23,6 +23,7 @@ _LINE_PX = 21  # 11 pt are 15.3 px at 100 dpi; the rest keeps ascenders and desc
 _TITLE_LINE_PX = 28
 _PAD_PX = 10
 _SWATCH_PX, _SWATCH_GAP_PX = 28, 7
+_LABEL_START_PX = _PAD_PX + _SWATCH_PX + _SWATCH_GAP_PX
 _EDGE_MARKER_PX = 8  # half a marker that sits on the top edge, and some air
 
 
@@ -146,84 +147,119 @@ def lay_out(
         title: the title, or None.
         ink: the colour of all text.
     """
-    from matplotlib.font_manager import FontProperties
-
-    renderer: Any = fig.canvas.get_renderer()  # type: ignore[attr-defined]
-    width, height = fig.get_size_inches() * DPI
-
-    def fit(text: str, room: float, size: float = TEXT_PT, weight: str = "normal") -> Any:
-        font = FontProperties(size=size, weight=weight)
-        limit = len(text)
-        while True:
-            cut = shorten(text, limit)
-            wide = renderer.get_text_width_height_descent(cut, font, False)[0]
-            if wide <= room or limit <= 5:
-                return cut, wide
-            limit = min(limit - 1, int(limit * room / wide) + 1)
-
-    label_start = _PAD_PX + _SWATCH_PX + _SWATCH_GAP_PX
-    fitted = [fit(end.text, 0.4 * width - label_start) for end in ends]
-    # tick labels and axis names reach from the axes as far out as here; they move with the axes
-    box: Any = ax.get_window_extent(renderer)
-    y_box: Any = ax.yaxis.get_tightbbox(renderer)
-    x_box: Any = ax.xaxis.get_tightbbox(renderer)
-    left, bottom = box.x0 - y_box.x0 + _PAD_PX, box.y0 - x_box.y0 + _PAD_PX
-    right = width - 2 * _PAD_PX
+    sheet = _Sheet(fig, ink)
+    fitted = [sheet.fit(end.text, 0.4 * sheet.width - _LABEL_START_PX) for end in ends]
+    left, bottom = sheet.room_for_ticks(ax)
+    right = sheet.width - 2 * _PAD_PX
     if ends:
-        right -= max(wide for _, wide in fitted) + label_start - _PAD_PX
+        right -= max(wide for _, wide in fitted) + _LABEL_START_PX - _PAD_PX
+    x_px = _Scale(*ax.get_xlim(), left, right)
 
-    (x_low, x_high), (y_low, y_high) = ax.get_xlim(), ax.get_ylim()
-
-    def x_px(x: float) -> float:
-        return float(left + (x - x_low) / (x_high - x_low) * (right - left))
-
-    fitted_notes = [fit(note.text, width - left - _PAD_PX) for note in notes]
+    fitted_notes = [sheet.fit(note.text, sheet.width - left - _PAD_PX) for note in notes]
     spots = pack_rows(
         [x_px(note.x) for note in notes],
         [wide for _, wide in fitted_notes],
         left,
-        width - _PAD_PX,
+        sheet.width - _PAD_PX,
     )
-    top = height - _PAD_PX - _EDGE_MARKER_PX - (_TITLE_LINE_PX if title else 0)
+    top = sheet.height - _PAD_PX - _EDGE_MARKER_PX - (_TITLE_LINE_PX if title else 0)
     top -= _LINE_PX * max((row + 1 for _, row in spots), default=0)
-    ax.set_position(
-        (left / width, bottom / height, (right - left) / width, (top - bottom) / height)
-    )
-
-    def put(x: float, y: float, text: str, **style: Any) -> None:
-        usual: dict[str, Any] = {"fontsize": TEXT_PT, "color": ink, "va": "center"}
-        # a dollar sign in a run name is no formula
-        fig.text(x / width, y / height, text, parse_math=False, **(usual | style))
+    y_px = _Scale(*ax.get_ylim(), bottom, top)
+    sheet.place(ax, x_px, y_px)
 
     for (text, _), (text_left, row) in zip(fitted_notes, spots, strict=True):
-        put(text_left, top + _EDGE_MARKER_PX + _LINE_PX * (row + 0.5), text, gid="note")
+        sheet.put(text_left, top + _EDGE_MARKER_PX + _LINE_PX * (row + 0.5), text, gid="note")
     if title:
-        text, _ = fit(" ".join(title.split()), width - left - _PAD_PX, TITLE_PT, "bold")
-        middle = height - _PAD_PX - _TITLE_LINE_PX / 2 + 2
-        put(left, middle, text, fontsize=TITLE_PT, fontweight="bold", gid="title")
+        sheet.put_title(title, left)
+    _put_end_labels(sheet, ends, [text for text, _ in fitted], x_px, y_px)
 
+
+@dataclass(frozen=True)
+class _Scale:
+    """Data units to px along one side of the axes."""
+
+    low: float
+    high: float
+    first_px: float
+    last_px: float
+
+    def __call__(self, value: float) -> float:
+        share = (value - self.low) / (self.high - self.low)
+        return float(self.first_px + share * (self.last_px - self.first_px))
+
+
+class _Sheet:
+    """The figure in px: measures words, and puts words and lines where it is told."""
+
+    def __init__(self, fig: Figure, ink: str) -> None:
+        self.fig, self.ink = fig, ink
+        self.renderer: Any = fig.canvas.get_renderer()  # type: ignore[attr-defined]
+        self.width, self.height = fig.get_size_inches() * DPI
+
+    def fit(self, text: str, room: float, size: float = TEXT_PT, weight: str = "normal") -> Any:
+        """The text, cut so that it fits into the room in px, and its width in px."""
+        from matplotlib.font_manager import FontProperties
+
+        font = FontProperties(size=size, weight=weight)
+        limit = len(text)
+        while True:
+            cut = shorten(text, limit)
+            wide = self.renderer.get_text_width_height_descent(cut, font, False)[0]
+            if wide <= room or limit <= 5:
+                return cut, wide
+            limit = min(limit - 1, int(limit * room / wide) + 1)
+
+    def room_for_ticks(self, ax: Axes) -> tuple[float, float]:
+        """Px that the axes need to their left and below them."""
+        # tick labels and axis names reach from the axes as far out as here; they move with the axes
+        box: Any = ax.get_window_extent(self.renderer)
+        y_box: Any = ax.yaxis.get_tightbbox(self.renderer)
+        x_box: Any = ax.xaxis.get_tightbbox(self.renderer)
+        return box.x0 - y_box.x0 + _PAD_PX, box.y0 - x_box.y0 + _PAD_PX
+
+    def place(self, ax: Axes, x_px: _Scale, y_px: _Scale) -> None:
+        left, bottom = x_px.first_px, y_px.first_px
+        wide, high = x_px.last_px - left, y_px.last_px - bottom
+        ax.set_position(
+            (left / self.width, bottom / self.height, wide / self.width, high / self.height)
+        )
+
+    def put(self, x: float, y: float, text: str, **style: Any) -> None:
+        usual: dict[str, Any] = {"fontsize": TEXT_PT, "color": self.ink, "va": "center"}
+        # a dollar sign in a run name is no formula
+        where = x / self.width, y / self.height
+        self.fig.text(*where, text, parse_math=False, **(usual | style))
+
+    def put_title(self, title: str, left: float) -> None:
+        room = self.width - left - _PAD_PX
+        text, _ = self.fit(" ".join(title.split()), room, TITLE_PT, "bold")
+        middle = self.height - _PAD_PX - _TITLE_LINE_PX / 2 + 2
+        self.put(left, middle, text, fontsize=TITLE_PT, fontweight="bold", gid="title")
+
+    def add_line(self, xs: Sequence[float], ys: Sequence[float], **style: Any) -> None:
+        from matplotlib.lines import Line2D
+
+        xs, ys = [x / self.width for x in xs], [y / self.height for y in ys]
+        self.fig.add_artist(Line2D(xs, ys, transform=self.fig.transFigure, **style))
+
+
+def _put_end_labels(
+    sheet: _Sheet, ends: list[EndLabel], texts: list[str], x_px: _Scale, y_px: _Scale
+) -> None:
+    """Put the labels to the right of the axes, each tied to the end of its line."""
+    right, bottom, top = x_px.last_px, y_px.first_px, y_px.last_px
     # the labels may use the height of the axes, and half a line below it
     room = int((top - 4 - bottom) // _LINE_PX) + 1
     kept = list(range(len(ends)))
     while len(kept) > room and (lowest := max(ends[index].rank for index in kept)) > 0:
         kept = [index for index in kept if ends[index].rank < lowest]
-    aims = [bottom + (ends[i].y - y_low) / (y_high - y_low) * (top - bottom) for i in kept]
+    aims = [y_px(ends[index].y) for index in kept]
     for index, aim, y in zip(kept, aims, spread(aims, _LINE_PX, bottom, top - 4), strict=True):
         end, start = ends[index], right + _PAD_PX
-        put(right + label_start, y, fitted[index][0], gid="end-label")
+        sheet.put(right + _LABEL_START_PX, y, texts[index], gid="end-label")
         # dotted, because from a line that ended early it crosses the picture and is no data
         leader = {"color": end.style["color"], "linewidth": 1.0, "linestyle": (0, (1, 2))}
-        _add_line(fig, (x_px(end.x), start), (aim, y), **leader)
+        sheet.add_line((x_px(end.x), start), (aim, y), **leader)
         marker = {"markevery": [1]} if end.style.get("marker") else {}
         swatch = (start, start + _SWATCH_PX / 2, start + _SWATCH_PX)
-        _add_line(fig, swatch, (y, y, y), **(end.style | marker))
-
-
-def _add_line(fig: Figure, xs: Sequence[float], ys: Sequence[float], **style: Any) -> None:
-    from matplotlib.lines import Line2D
-
-    width, height = fig.get_size_inches() * DPI
-    line = Line2D(
-        [x / width for x in xs], [y / height for y in ys], transform=fig.transFigure, **style
-    )
-    fig.add_artist(line)
+        sheet.add_line(swatch, (y, y, y), **(end.style | marker))

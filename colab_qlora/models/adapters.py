@@ -41,31 +41,12 @@ def attach_lora(
     **lora_options: Any,
 ) -> Any:
     """Wrap `model` in a plain `PeftModel`; arguments as `FastLanguageModel.get_peft_model`."""
-    import torch
-    from peft import LoraConfig, PeftModel, get_peft_model
+    from peft import LoraConfig
 
-    if isinstance(model, PeftModel):
-        raise UserError(
-            "the model has adapters already",
-            got=", ".join(model.peft_config),
-            do="Load the base model again, or go on training with this one",
-        )
-    if isinstance(r, bool) or not isinstance(r, int) or r < 1:
-        raise UserError("the rank r is not positive", got=repr(r), allowed="an integer from 1 up")
-    if not 0 <= lora_dropout < 1:
-        raise UserError(
-            "lora_dropout is not a share", got=lora_dropout, allowed="0 or more, below 1"
-        )
-    if bias not in {"none", "all", "lora_only"}:
-        raise UserError("bias is not understood", got=repr(bias), allowed="none, all, lora_only")
+    _check_unadapted(model)
+    _check_numbers(r, lora_dropout, bias)
     targets = _check_targets(model, target_modules)
-    unknown = set(lora_options) - set(inspect.signature(LoraConfig).parameters)
-    if unknown:
-        raise UserError(
-            "unknown LoRA option",
-            got=", ".join(sorted(unknown)),
-            allowed=", ".join(sorted(inspect.signature(LoraConfig).parameters)),
-        )
+    _check_names(lora_options)
     config = LoraConfig(
         r=r,
         lora_alpha=lora_alpha,  # type: ignore[arg-type]  # PEFT takes fractions too
@@ -75,17 +56,60 @@ def attach_lora(
         task_type="CAUSAL_LM",
         **lora_options,
     )
+    adapted = _with_adapters(model, config, random_state)
+    if use_fused_layers:
+        fuse(adapted)
+    set_gradient_checkpointing(adapted, use_gradient_checkpointing)
+    return adapted.train()
+
+
+def _with_adapters(model: Any, config: Any, random_state: int) -> Any:
+    """The `PeftModel` around `model`, of which only the adapters are trainable."""
+    import torch
+    from peft import get_peft_model
+
     for parameter in model.parameters():
         parameter.requires_grad_(False)
     # adapters start the same for the same random_state, and the caller's random stream stays where
     # it was
     with torch.random.fork_rng(), without_rename_warnings():
         torch.manual_seed(random_state)
-        adapted = get_peft_model(model, config)
-    if use_fused_layers:
-        fuse(adapted)
-    set_gradient_checkpointing(adapted, use_gradient_checkpointing)
-    return adapted.train()
+        return get_peft_model(model, config)
+
+
+def _check_unadapted(model: Any) -> None:
+    from peft import PeftModel
+
+    if isinstance(model, PeftModel):
+        raise UserError(
+            "the model has adapters already",
+            got=", ".join(model.peft_config),
+            do="Load the base model again, or go on training with this one",
+        )
+
+
+def _check_numbers(r: Any, lora_dropout: float, bias: str) -> None:
+    if isinstance(r, bool) or not isinstance(r, int) or r < 1:
+        raise UserError("the rank r is not positive", got=repr(r), allowed="an integer from 1 up")
+    if not 0 <= lora_dropout < 1:
+        raise UserError(
+            "lora_dropout is not a share", got=lora_dropout, allowed="0 or more, below 1"
+        )
+    if bias not in {"none", "all", "lora_only"}:
+        raise UserError("bias is not understood", got=repr(bias), allowed="none, all, lora_only")
+
+
+def _check_names(lora_options: Iterable[str]) -> None:
+    from peft import LoraConfig
+
+    known = set(inspect.signature(LoraConfig).parameters)
+    unknown = set(lora_options) - known
+    if unknown:
+        raise UserError(
+            "unknown LoRA option",
+            got=", ".join(sorted(unknown)),
+            allowed=", ".join(sorted(known)),
+        )
 
 
 def _check_targets(model: Any, wanted: Sequence[str] | str | None) -> list[str] | str:

@@ -151,9 +151,21 @@ def _find_local_source() -> Path | None:
 def _convert(gguf: Path, target: Path) -> None:
     """Write `target` as a model folder. A model that was read from a GGUF refuses
     `save_pretrained`, so its state dict moves into a fresh model built from the clean config."""
+    _check_converters()
+    print("converting the embedded model to safetensors (about 20 s, once)", flush=True)
+    model, tokenizer = _read_gguf(gguf)
+    for part in (model.config, model.generation_config):
+        part.pad_token_id = tokenizer.pad_token_id
+        part.bos_token_id, part.eos_token_id = tokenizer.bos_token_id, tokenizer.eos_token_id
+    model.save_pretrained(target)
+    tokenizer.save_pretrained(target)
+    _write_manifest(target)
+
+
+def _check_converters() -> None:
     try:
-        import torch
-        from transformers import AutoModelForCausalLM, AutoTokenizer
+        import torch  # noqa: F401
+        from transformers import AutoModelForCausalLM, AutoTokenizer  # noqa: F401
     except ImportError as error:
         raise UserError(
             "converting the embedded model needs torch and transformers",
@@ -165,7 +177,12 @@ def _convert(gguf: Path, target: Path) -> None:
             "converting the embedded model needs the gguf package", do="Run pip install gguf"
         )
 
-    print("converting the embedded model to safetensors (about 20 s, once)", flush=True)
+
+def _read_gguf(gguf: Path) -> tuple[Any, Any]:
+    """The model in bfloat16, as if it had never been in a GGUF file, and its tokenizer."""
+    import torch
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
     where = {"pretrained_model_name_or_path": str(gguf.parent), "gguf_file": gguf.name}
     # newer releases keep packed GGUF weights packed below float32, which would be saved as they are
     read = AutoModelForCausalLM.from_pretrained(**where, dtype=torch.float32)
@@ -178,12 +195,10 @@ def _convert(gguf: Path, target: Path) -> None:
     tokenizer = AutoTokenizer.from_pretrained(**where)
     _set_special_tokens(tokenizer)
     tokenizer.model_max_length = config.max_position_embeddings
-    clean.config.pad_token_id = tokenizer.pad_token_id
-    clean.generation_config.pad_token_id = tokenizer.pad_token_id
-    for part in (clean.config, clean.generation_config):
-        part.bos_token_id, part.eos_token_id = tokenizer.bos_token_id, tokenizer.eos_token_id
-    clean.save_pretrained(target)
-    tokenizer.save_pretrained(target)
+    return clean, tokenizer
+
+
+def _write_manifest(target: Path) -> None:
     files = {
         path.name: {"bytes": path.stat().st_size, "sha256": _sha256(path)}
         for path in sorted(target.iterdir())

@@ -13,8 +13,9 @@ import torch
 
 from colab_qlora.models.architectures import why_not_fusable
 from colab_qlora.models.batch_hooks import prepare_batch, tables_in_float32
+from colab_qlora.models.fused_class import stock_class
 from colab_qlora.models.fused_head import fused_head_class, is_fused_head, why_head_not_fusable
-from colab_qlora.models.fused_layer import fused_layer_class, is_fused, stock_class
+from colab_qlora.models.fused_layer import fused_layer_class, is_fused
 from colab_qlora.models.fused_norm import can_fuse_norm, fused_norm_class, is_fused_norm
 from colab_qlora.models.fused_state import ATTRIBUTE, FusedState, fused_state
 

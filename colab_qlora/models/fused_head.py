@@ -15,6 +15,7 @@ import torch
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
 from colab_qlora.kernels.linear_cross_entropy import linear_cross_entropy
+from colab_qlora.models.fused_class import reduce_by, stock_class
 from colab_qlora.models.fused_state import fused_state
 
 # models whose logits are lm_head(hidden), and what else is done to them: (scale, softcap) by config
@@ -45,6 +46,8 @@ def fused_head_class(stock: Any) -> Any:
     )
     # generate() and the trainer read the signature of the model's own forward
     made.forward = functools.wraps(stock.forward)(_forward)
+    made.enable_input_require_grads = _enable_input_require_grads
+    made.__reduce_ex__ = reduce_by(fused_head_class)
     return made
 
 
@@ -56,8 +59,7 @@ def _forward(self: Any, *args: Any, **kwargs: Any) -> Any:
     skip_logits = kwargs.pop("skip_logits", None)
     if skip_logits is None:
         skip_logits = self.training
-    # whoever took hold of this method before the model was restored still gets the model's own
-    kind: Any = type(self).__mro__[1] if is_fused_head(self) else type(self)
+    kind = _own_class(self)
     kwargs |= zip(_parameter_names(kind), args, strict=False)
     labels = kwargs.get("labels")
     if not skip_logits or labels is None or _why_stock_loss(self, kwargs):
@@ -89,6 +91,22 @@ def _forward(self: Any, *args: Any, **kwargs: Any) -> Any:
         attentions=outputs.attentions,
     )
     return result.to_tuple() if return_dict is False else result
+
+
+def _own_class(self: Any) -> Any:
+    # whoever took hold of a method before the model was restored still gets the model's own
+    return stock_class(type(self)) if is_fused_head(self) else type(self)
+
+
+def _enable_input_require_grads(self: Any) -> None:
+    """As transformers, whose hook is a local function, which cannot be pickled."""
+    _own_class(self).enable_input_require_grads(self)
+    for handle in getattr(self, "_require_grads_hooks", ()):
+        handle.hooks_dict_ref()[handle.id] = _require_gradient
+
+
+def _require_gradient(module: Any, args: Any, output: torch.Tensor) -> None:
+    output.requires_grad_(True)
 
 
 @functools.cache

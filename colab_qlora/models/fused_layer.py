@@ -16,6 +16,7 @@ from colab_qlora.layers.decoder_layer import fused_layer
 from colab_qlora.layers.layer_parts import Pass
 from colab_qlora.layers.saved import SavedTensors
 from colab_qlora.models.architectures import read_layer, why_stock_now
+from colab_qlora.models.fused_class import reduce_by, stock_class
 from colab_qlora.models.fused_state import fused_state
 
 
@@ -26,12 +27,8 @@ def fused_layer_class(stock: Any) -> Any:
     # after the class stands: newer transformers wrap a subclass's forward in its checkpointing
     made.forward = _forward
     made.__call__ = torch.nn.Module.__call__
+    made.__reduce_ex__ = reduce_by(fused_layer_class)
     return made
-
-
-def stock_class(fused: Any) -> Any:
-    """The class that a fused one was made from."""
-    return fused.__mro__[1]
 
 
 def is_fused(layer: Any) -> bool:

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 
 from colab_qlora.kernels.rms_norm import rms_norm
+from colab_qlora.models.fused_class import reduce_by
 
 # modules of transformers that compute weight * x / rms(x), with float32 inside; Gemma's, say, adds
 # 1 to the weight
@@ -33,6 +34,7 @@ def fused_norm_class(stock: Any) -> Any:
         stock.__name__, (stock,), {"__module__": stock.__module__, "_fused_norm": True}
     )
     made.forward = _forward
+    made.__reduce_ex__ = reduce_by(fused_norm_class)
     return made
 
 

@@ -64,6 +64,10 @@ class FusedState:
     _shape_key: Any = None
     _shape: AttentionShape | None = None
 
+    def __getstate__(self) -> dict[str, Any]:
+        """All but what belongs to the present batch."""
+        return {**vars(self), "documents": None, "_shape": None, "_shape_key": None}
+
     def plan_for(self, layer: Any) -> frozenset[str]:
         if self.plan is not None:
             return self.plan

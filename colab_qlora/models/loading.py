@@ -7,15 +7,14 @@ safetensors only: nothing that was downloaded is unpickled.
 
 from __future__ import annotations
 
-import os
-import re
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 from colab_qlora.dtypes import resolve_dtype
 from colab_qlora.errors import UserError
 from colab_qlora.models.embedded import EMBEDDED_NAME, FOLDER_NAME, embedded_model_path
 from colab_qlora.models.quiet_import import import_bitsandbytes
+from colab_qlora.models.readable_errors import readable_errors
 from colab_qlora.models.settings import ATTRIBUTE, ModelSettings
 
 # 4-bit already (5.7 GB to download), 8 billion parameters, and no token needed
@@ -45,17 +44,12 @@ def load_model_and_tokenizer(
 ) -> tuple[Any, Any]:
     """Load model and tokenizer; see `FastLanguageModel.from_pretrained` for the arguments."""
     import torch
-    from transformers import AutoModelForCausalLM, AutoTokenizer
+    from transformers import AutoTokenizer
 
     import_bitsandbytes()
     name = model_name or default_model_name()
     _check_length(max_seq_length)
-    if load_in_8bit and load_in_4bit:
-        raise UserError(
-            "load_in_4bit and load_in_8bit are both set",
-            allowed="one of them",
-            do="Pass load_in_4bit=False with load_in_8bit=True",
-        )
+    _check_bits(load_in_4bit, load_in_8bit)
     device = "cuda" if torch.cuda.is_available() else "cpu"
     compute_dtype, note = resolve_dtype(dtype, device)
     source = _locate(name)
@@ -63,31 +57,15 @@ def load_model_and_tokenizer(
     config = _load_config(source, name, hub)
     _apply_rope_scaling(config, rope_scaling)
     _check_positions(config, max_seq_length)
-
     quantization = _quantization(config, compute_dtype, load_in_4bit, load_in_8bit)
-    # device 0, and not "auto": training with layers on two devices is not what anyone means here
-    placement = device_map if device_map is not None else {"": 0 if device == "cuda" else "cpu"}
     with readable_errors(name):
-        model = AutoModelForCausalLM.from_pretrained(
-            source,
-            config=config,
-            dtype=compute_dtype,
-            device_map=placement,
-            use_safetensors=True,
-            attn_implementation=kwargs.pop("attn_implementation", "sdpa"),
-            **({"quantization_config": quantization} if quantization is not None else {}),
-            **hub,
-            **kwargs,
+        model = _load_model(
+            source, device_map, quantization, config=config, dtype=compute_dtype, **hub, **kwargs
         )
         tokenizer = AutoTokenizer.from_pretrained(source, **hub)
     _prepare_tokenizer(tokenizer, model, max_seq_length)
     keep_weights_in_place(model)
-    settings = ModelSettings(name, max_seq_length, str(compute_dtype).removeprefix("torch."))
-    if note:
-        settings.notes.append(note)
-        print(f"colab_qlora: {note}")
-    setattr(model, ATTRIBUTE, settings)
-    setattr(model, "max_seq_length", max_seq_length)  # noqa: B010  # the name that tutorials read
+    _attach_settings(model, name, max_seq_length, compute_dtype, note)
     return model, tokenizer
 
 
@@ -120,6 +98,15 @@ def _check_length(max_seq_length: Any) -> None:
             got=repr(max_seq_length),
             allowed="an integer from 1 up",
             do="Pass max_seq_length=2048, or less to save memory",
+        )
+
+
+def _check_bits(load_in_4bit: bool, load_in_8bit: bool) -> None:
+    if load_in_8bit and load_in_4bit:
+        raise UserError(
+            "load_in_4bit and load_in_8bit are both set",
+            allowed="one of them",
+            do="Pass load_in_4bit=False with load_in_8bit=True",
         )
 
 
@@ -222,6 +209,24 @@ def _quantization(config: Any, compute_dtype: Any, four_bit: bool, eight_bit: bo
     )
 
 
+def _load_model(source: str, device_map: Any, quantization: Any, /, **options: Any) -> Any:
+    """The model itself; `options` are transformers' own."""
+    import torch
+    from transformers import AutoModelForCausalLM
+
+    if device_map is None:
+        # device 0, and not "auto": training with layers on two devices is not what anyone means
+        device_map = {"": 0 if torch.cuda.is_available() else "cpu"}
+    return AutoModelForCausalLM.from_pretrained(
+        source,
+        device_map=device_map,
+        use_safetensors=True,
+        attn_implementation=options.pop("attn_implementation", "sdpa"),
+        **({"quantization_config": quantization} if quantization is not None else {}),
+        **options,
+    )
+
+
 def keep_weights_in_place(model: Any) -> None:
     """Stop 4-bit layers from repacking their weights when they are evaluated on a CPU.
 
@@ -254,52 +259,12 @@ def _prepare_tokenizer(tokenizer: Any, model: Any, max_seq_length: int) -> None:
         model.generation_config.pad_token_id = tokenizer.pad_token_id
 
 
-class readable_errors:  # a context manager, named like a function
-    """Turn what transformers and the hub raise while loading into one line that says what to do."""
-
-    def __init__(self, name: str) -> None:
-        self.name = name
-
-    def __enter__(self) -> None:
-        return None
-
-    def __exit__(self, kind: Any, error: BaseException | None, trace: Any) -> Literal[False]:
-        from safetensors import SafetensorError
-
-        if isinstance(error, SafetensorError):
-            raise UserError(
-                f"the weights of {self.name} are cut off or damaged",
-                got=str(error),
-                do="Fetch or save them again",
-            ) from error
-        if not isinstance(error, (OSError, ValueError)) or isinstance(error, UserError):
-            return False
-        text = str(error)
-        reason = next((line.strip() for line in text.splitlines() if line.strip()), kind.__name__)
-        if getattr(error, "errno", None) == 28:
-            raise UserError(
-                "the disk is full while the model is fetched",
-                got=reason,
-                do=f"Free some space below {os.environ.get('HF_HOME', '~/.cache/huggingface')}, "
-                "or set HF_HOME to a larger disk",
-            ) from error
-        if re.search(r"gated repo|\b(401|403) (Client Error|Unauthorized|Forbidden)", text):
-            raise UserError(
-                f"{self.name} cannot be read without permission",
-                got=reason,
-                do="Accept its terms on the model's page and pass token=..., or take an open model",
-            ) from error
-        if isinstance(error, OSError):
-            raise UserError(
-                f"{self.name} could not be loaded",
-                got=reason,
-                allowed="a hub id, a model folder, or 'embedded'",
-                do="Check the spelling and the network, or use model_name='embedded'",
-            ) from error
-        if "trust_remote_code" in text:
-            raise UserError(
-                f"{self.name} brings its own Python code, which is not run unless you ask for it",
-                got="trust_remote_code=False",
-                do="Read that code, then pass trust_remote_code=True",
-            ) from error
-        return False
+def _attach_settings(
+    model: Any, name: str, max_seq_length: int, compute_dtype: Any, note: str | None
+) -> None:
+    settings = ModelSettings(name, max_seq_length, str(compute_dtype).removeprefix("torch."))
+    if note:
+        settings.notes.append(note)
+        print(f"colab_qlora: {note}")
+    setattr(model, ATTRIBUTE, settings)
+    setattr(model, "max_seq_length", max_seq_length)  # noqa: B010  # the name that tutorials read

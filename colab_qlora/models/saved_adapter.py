@@ -9,8 +9,9 @@ from typing import Any
 from colab_qlora.errors import UserError
 from colab_qlora.models.adapters import set_gradient_checkpointing
 from colab_qlora.models.fuse import fuse
-from colab_qlora.models.loading import load_model_and_tokenizer, readable_errors
+from colab_qlora.models.loading import load_model_and_tokenizer
 from colab_qlora.models.quiet_import import import_bitsandbytes, without_rename_warnings
+from colab_qlora.models.readable_errors import readable_errors
 
 
 def is_adapter_folder(name: str) -> bool:
@@ -20,6 +21,10 @@ def is_adapter_folder(name: str) -> bool:
 
 def load_adapter_folder(name: str, *load_args: Any, **options: Any) -> tuple[Any, Any]:
     """Load the adapter's base model, then the adapter, trainable.
+
+    Args:
+        name: the adapter folder.
+        *load_args, **options: for the base model, as of `load_model_and_tokenizer`.
 
     Returns:
         (model, tokenizer): a `PeftModel` and the tokenizer saved beside the adapter, else the

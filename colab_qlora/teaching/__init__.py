@@ -6,8 +6,9 @@ says the same in one to three sentences; `show(figure, text)` displays both.
 
 from __future__ import annotations
 
-import importlib
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
+
+from colab_qlora.lazy import lazy_names
 
 # public name -> the module that defines it; no module has the name of what it defines, or its
 # import would put the module where the function is expected
@@ -97,13 +98,4 @@ if TYPE_CHECKING:
         draw_weight_histogram,
     )
 
-
-def __getattr__(name: str) -> Any:
-    module = _EXPORTS.get(name)
-    if module is None:
-        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    return getattr(importlib.import_module(f"{__name__}.{module}"), name)
-
-
-def __dir__() -> list[str]:
-    return sorted(__all__)
+__getattr__, __dir__ = lazy_names(__name__, _EXPORTS, __all__)

@@ -55,10 +55,7 @@ def draw_lora_shapes(in_features: int, out_features: int, rank: int, name: str =
         ("B  trained", thin, high, out_features, rank, _B, None),
         ("A  trained", wide, thin, rank, in_features, _A, None),
     )
-    texts = [
-        (title, f"{rows:,} x {columns:,}", f"{rows * columns:,} parameters")
-        for title, _, _, rows, columns, _, _ in matrices
-    ]
+    texts = [_lines(title, rows, columns) for title, _, _, rows, columns, _, _ in matrices]
     slots = [
         max(box[1], *(text_width(fig, text) for text in lines))
         for box, lines in zip(matrices, texts, strict=True)
@@ -72,16 +69,13 @@ def draw_lora_shapes(in_features: int, out_features: int, rank: int, name: str =
         bottom = foot + (high - box_high) / 2
         style = {"facecolor": colour, "edgecolor": INK, "linewidth": 1.0, "hatch": hatch}
         fill_rectangle(fig, left, bottom, box_wide, box_high, gid=lines[0][0], **style)
-        put_text(fig, left, foot + high + 16, lines[0], fontweight="bold", gid="label")
-        put_text(fig, left, foot - 18, lines[1], gid="label")
-        put_text(fig, left, foot - 18 - LINE_PX, lines[2], gid="label")
+        _put_lines(fig, left, foot, high, lines)
         centre = left + slot + gap / 2
         put_text(fig, centre, foot + high / 2, sign, fontsize=18, ha="center", gid="sign")
         left += slot + gap
     share = _share_line(in_features, out_features, rank)
     put_text(fig, _MARGIN_PX, foot - 26 - 2 * LINE_PX, share, gid="share")
-    for row, caption in enumerate(reversed(captions)):
-        put_text(fig, _MARGIN_PX, 16 + LINE_PX * row, caption, gid="caption")
+    _put_captions(fig, captions)
     put_title(fig, _MARGIN_PX, f"{name or 'One layer'}: y = W x + (alpha / {rank}) B A x")
     return fig
 
@@ -102,6 +96,25 @@ def describe_lora_shapes(in_features: int, out_features: int, rank: int, name: s
         f"= {base:,} numbers. Beside it, LoRA of rank {rank} trains A ({rank} x {in_features:,}) "
         f"and B ({out_features:,} x {rank}), together {added:,} numbers, {added / base:.2%} of W."
     )
+
+
+def _lines(title: str, rows: int, columns: int) -> tuple[str, str, str]:
+    return title, f"{rows:,} x {columns:,}", f"{rows * columns:,} parameters"
+
+
+def _put_lines(
+    fig: Figure, left: float, foot: float, high: float, lines: tuple[str, str, str]
+) -> None:
+    """The name above a matrix, its shape and its number of parameters below."""
+    title, shape, parameters = lines
+    put_text(fig, left, foot + high + 16, title, fontweight="bold", gid="label")
+    put_text(fig, left, foot - 18, shape, gid="label")
+    put_text(fig, left, foot - 18 - LINE_PX, parameters, gid="label")
+
+
+def _put_captions(fig: Figure, captions: list[str]) -> None:
+    for row, caption in enumerate(reversed(captions)):
+        put_text(fig, _MARGIN_PX, 16 + LINE_PX * row, caption, gid="caption")
 
 
 def _share_line(in_features: int, out_features: int, rank: int) -> str:

@@ -14,17 +14,15 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 import torch
-from datasets import Dataset
 from transformers import PrinterCallback, ProgressCallback, TrainerState
 from transformers.trainer_utils import TrainOutput
 from transformers.utils.notebook import NotebookProgressCallback
 
 from colab_qlora.errors import UserError
-from colab_qlora.models.settings import settings_of
 from colab_qlora.training.adapter_dtype import adapters_kept, adapters_to_float32
 from colab_qlora.training.arguments import TRAINER_ARGUMENTS, fit_arguments
 from colab_qlora.training.callbacks import LossLogCallback, ProgressLines
-from colab_qlora.training.dataset_checks import as_dataset, check_dataset, data_hash
+from colab_qlora.training.dataset_checks import as_dataset, check_dataset
 from colab_qlora.training.failures import is_disk_full, is_out_of_memory
 from colab_qlora.training.fused_trainer import FusedTrainer
 from colab_qlora.training.resume import (
@@ -34,11 +32,11 @@ from colab_qlora.training.resume import (
     set_aside,
     what_is_missing,
 )
+from colab_qlora.training.run_settings import run_settings
 from colab_qlora.work import check_writable
 
 # a T4's first steps overflow at the usual 65,536 and are skipped; at 8,192 they are not
 INITIAL_LOSS_SCALE = 2.0**13
-_LORA_SETTINGS = ("r", "lora_alpha", "lora_dropout", "use_rslora", "bias")
 
 
 class SFTTrainer(FusedTrainer):
@@ -73,40 +71,19 @@ class SFTTrainer(FusedTrainer):
         **kwargs: Any,
     ) -> None:
         self.notes = []
-        if model is None or isinstance(model, str):
-            raise UserError(
-                "the trainer needs a loaded model",
-                got=repr(model),
-                do="Load it first: FastLanguageModel.from_pretrained(...)",
-            )
-        if tokenizer is not None and processing_class not in (None, tokenizer):
-            raise UserError("tokenizer and processing_class differ", do="Pass one of them")
-        tokenizer = processing_class if processing_class is not None else tokenizer
-        overrides = {
-            TRAINER_ARGUMENTS[name]: kwargs.pop(name)
-            for name in TRAINER_ARGUMENTS
-            if name in kwargs
-        }
-        overrides = {name: value for name, value in overrides.items() if value is not None}
+        tokenizer = _checked_tokenizer(model, tokenizer, processing_class)
         args = fit_arguments(
             args,
             model,
             has_eval_dataset=eval_dataset is not None,
-            overrides=overrides,
+            overrides=_older_arguments(kwargs),
             say=self._say,
         )
         check_writable(args.output_dir)
         train_dataset = as_dataset(train_dataset, "train_dataset")
         eval_dataset = None if eval_dataset is None else as_dataset(eval_dataset, "eval_dataset")
-        formatting = kwargs.get("formatting_func")
-        for name, dataset in (("train", train_dataset), ("eval", eval_dataset)):
-            note = check_dataset(dataset, name, tokenizer, args, formatting) if dataset else None
-            if note:
-                self._say(note)
-
-        self._data: dict[str, Any] = {}
-        if isinstance(train_dataset, Dataset):
-            self._data = {"train_rows": len(train_dataset), "data_hash": data_hash(train_dataset)}
+        datasets = {"train": train_dataset, "eval": eval_dataset}
+        self._check_rows(datasets, tokenizer, args, kwargs.get("formatting_func"))
         with adapters_kept(model):
             super().__init__(
                 model=model,
@@ -120,46 +97,23 @@ class SFTTrainer(FusedTrainer):
         adapters_to_float32(self.model)
         if self.args.fp16 and self.accelerator.scaler is not None:
             self.accelerator.scaler = torch.amp.GradScaler("cuda", init_scale=INITIAL_LOSS_SCALE)
+        self._report_in_one_way()
+
+    def _check_rows(
+        self, datasets: dict[str, Any], tokenizer: Any, args: Any, formatting: Any
+    ) -> None:
+        for name, dataset in datasets.items():
+            note = check_dataset(dataset, name, tokenizer, args, formatting) if dataset else None
+            if note:
+                self._say(note)
+
+    def _report_in_one_way(self) -> None:
         # one kind of progress report; the notebook table would hide the training loss between evals
         for stock in (ProgressCallback, NotebookProgressCallback, PrinterCallback):
             self.remove_callback(stock)
-        self._loss_log = LossLogCallback(self._run_settings())
+        self._loss_log = LossLogCallback(run_settings(self))
         self.add_callback(self._loss_log)
         self.add_callback(ProgressLines())
-
-    def _run_settings(self) -> dict[str, Any]:
-        """The hyperparameters that a reader of the curve needs, for the head of the loss log."""
-        names = (
-            "learning_rate",
-            "num_train_epochs",
-            "max_steps",
-            "per_device_train_batch_size",
-            "gradient_accumulation_steps",
-            "warmup_steps",
-            "weight_decay",
-            "max_length",
-            "max_grad_norm",
-            "packing",
-            "seed",
-        )
-        run = {name: getattr(self.args, name, None) for name in names}
-        run["optim"] = str(getattr(self.args.optim, "value", self.args.optim))
-        scheduler = self.args.lr_scheduler_type
-        run["lr_scheduler_type"] = str(getattr(scheduler, "value", scheduler))
-        settings = settings_of(self.model)
-        if settings is not None:
-            run |= {"model_name": settings.model_name, "compute_dtype": settings.compute_dtype}
-        if isinstance(self.train_dataset, Dataset):
-            run |= {
-                "train_rows": len(self.train_dataset),
-                "data_hash": data_hash(self.train_dataset),
-            }
-        lora = getattr(self.model, "peft_config", {}).get("default")
-        if lora is not None:
-            run |= {name: getattr(lora, name) for name in _LORA_SETTINGS}
-            targets = lora.target_modules
-            run["target_modules"] = targets if isinstance(targets, str) else sorted(targets or [])
-        return run
 
     def train(  # type: ignore[override]  # the rest of Trainer.train's arguments pass through
         self, resume_from_checkpoint: str | bool | None = None, **kwargs: Any
@@ -293,3 +247,22 @@ class SFTTrainer(FusedTrainer):
                 f"saving step {self.state.global_step} failed too ({type(error).__name__}: {error})"
             )
         return f"step {self.state.global_step} is saved in {folder}"
+
+
+def _checked_tokenizer(model: Any, tokenizer: Any, processing_class: Any) -> Any:
+    """The tokenizer, whichever name it came under; an error if it or the model is not usable."""
+    if model is None or isinstance(model, str):
+        raise UserError(
+            "the trainer needs a loaded model",
+            got=repr(model),
+            do="Load it first: FastLanguageModel.from_pretrained(...)",
+        )
+    if tokenizer is not None and processing_class not in (None, tokenizer):
+        raise UserError("tokenizer and processing_class differ", do="Pass one of them")
+    return processing_class if processing_class is not None else tokenizer
+
+
+def _older_arguments(kwargs: dict[str, Any]) -> dict[str, Any]:
+    """Take the older arguments of the trainer out of `kwargs`, as fields of `SFTConfig`."""
+    found = {field: kwargs.pop(name) for name, field in TRAINER_ARGUMENTS.items() if name in kwargs}
+    return {field: value for field, value in found.items() if value is not None}

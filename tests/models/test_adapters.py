@@ -152,6 +152,30 @@ def test_saved_adapter_comes_back_with_its_base(base, tmp_path: Path) -> None:
         assert torch.equal(again.eval()(input_ids=ids).logits, expected)
 
 
+def test_revision_is_that_of_the_adapters_base(
+    base, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    transformers = pytest.importorskip("transformers")
+    FastLanguageModel.get_peft_model(base, r=2).save_pretrained(tmp_path)
+    asked: dict[str, object] = {}
+
+    def watch(kind: type) -> None:
+        own = kind.from_pretrained
+
+        def load(source: str, **options: object) -> object:
+            # the first of each kind is the base's; the tokenizer beside the adapter may follow
+            asked.setdefault(kind.__name__, options.get("revision"))
+            return own(source, **options)
+
+        monkeypatch.setattr(kind, "from_pretrained", load)
+
+    kinds = ("AutoConfig", "AutoModelForCausalLM", "AutoTokenizer")
+    for name in kinds:
+        watch(getattr(transformers, name))
+    FastLanguageModel.from_pretrained(str(tmp_path), 64, revision="v2")
+    assert asked == dict.fromkeys(kinds, "v2")
+
+
 def test_adapter_folder_without_weights(base, tmp_path: Path) -> None:
     FastLanguageModel.get_peft_model(base, r=2).save_pretrained(tmp_path)
     (tmp_path / "adapter_model.safetensors").unlink()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import pickle
 from pathlib import Path
 from typing import Any
 
@@ -12,9 +13,12 @@ torch = pytest.importorskip("torch")
 transformers = pytest.importorskip("transformers")
 
 from colab_qlora import FastLanguageModel, UserError, describe, restore  # noqa: E402
+from colab_qlora.models.adapters import set_gradient_checkpointing  # noqa: E402
 from colab_qlora.models.fuse import fuse, fused_layers, state_of  # noqa: E402
+from colab_qlora.models.fused_state import ATTRIBUTE  # noqa: E402
 
 pytestmark = pytest.mark.model
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 
 
 @pytest.fixture
@@ -33,7 +37,7 @@ def adapted(tiny_model_folder: Path) -> Any:
 @pytest.fixture
 def ids() -> Any:
     torch.manual_seed(4)
-    return torch.randint(5, 500, (2, 12))
+    return torch.randint(5, 500, (2, 12)).to(DEVICE)
 
 
 def names(model: Any) -> tuple[list[str], list[str], list[str]]:
@@ -142,8 +146,6 @@ def test_second_backward_is_refused_in_words(adapted: Any, ids: Any) -> None:
 
 
 def test_checkpointing_keeps_the_layer_inputs_only(adapted: Any, ids: Any) -> None:
-    from colab_qlora.models.adapters import set_gradient_checkpointing
-
     def kept_bytes() -> int:
         loss = adapted(input_ids=ids, labels=ids).loss
         node, nodes = loss.grad_fn, []
@@ -183,19 +185,62 @@ def test_saving_and_loading_the_adapter(adapted: Any, ids: Any, tmp_path: Path) 
     assert torch.equal(one, two)
 
 
+def _loss_and_gradients(model: Any, ids: Any) -> tuple[Any, dict[str, Any]]:
+    model.zero_grad()
+    loss = model(input_ids=ids, labels=ids).loss
+    loss.backward()
+    return loss, {n: p.grad for n, p in model.named_parameters() if p.grad is not None}
+
+
 def test_a_copy_is_a_model_of_its_own(adapted: Any, ids: Any) -> None:
+    loss, _ = _loss_and_gradients(adapted, ids)
     twin = copy.deepcopy(adapted)
     assert len(fused_layers(twin)) == 2
+    assert _scratch_bytes(adapted) > 0
+    assert _scratch_bytes(twin) == 0
     restore(adapted)
-    assert torch.isfinite(twin(input_ids=ids, labels=ids).loss)
+    assert torch.equal(twin(input_ids=ids, labels=ids).loss, loss)
     assert len(fused_layers(twin)) == 2
+
+
+def _scratch_bytes(model: Any) -> int:
+    state = state_of(model)
+    assert state is not None
+    return state.scratch.bytes_held()
+
+
+@pytest.mark.parametrize("checkpointing", [False, "smart"])
+def test_a_whole_model_is_saved_and_loaded(
+    adapted: Any, ids: Any, tmp_path: Path, checkpointing: bool | str
+) -> None:
+    set_gradient_checkpointing(adapted, checkpointing)
+    loss, gradients = _loss_and_gradients(adapted, ids)
+    assert _scratch_bytes(adapted) > 0
+    torch.save(adapted, tmp_path / "model.pt")
+    again = torch.load(tmp_path / "model.pt", weights_only=False)
+    assert _scratch_bytes(again) == 0
+    assert names(again) == names(adapted)
+    assert [type(m) for m in again.modules()] == [type(m) for m in adapted.modules()]
+    again_loss, again_gradients = _loss_and_gradients(again, ids)
+    assert torch.equal(again_loss, loss)
+    assert gradients
+    torch.testing.assert_close(again_gradients, gradients)
+    # the settings and hooks that were loaded are the loaded model's own
+    assert all(vars(layer)[ATTRIBUTE] is state_of(again) for layer in fused_layers(again))
+    assert restore(again) is again
+    assert not any(m._forward_pre_hooks for m in again.modules())
+    stock = again(input_ids=ids, labels=ids).loss
+    assert float(stock.detach()) == pytest.approx(float(loss.detach()), rel=1e-5)
+    assert len(fused_layers(adapted)) == 2
 
 
 def test_other_architectures_say_so_and_train(ids: Any) -> None:
     from peft import LoraConfig, get_peft_model
 
     sizes = {"n_embd": 32, "n_layer": 2, "n_head": 2, "vocab_size": 512, "n_positions": 64}
-    model = transformers.AutoModelForCausalLM.from_config(transformers.GPT2Config(**sizes))
+    model = transformers.AutoModelForCausalLM.from_config(transformers.GPT2Config(**sizes)).to(
+        DEVICE
+    )
     model = get_peft_model(model, LoraConfig(r=2, target_modules=["c_attn"]))
     fuse(model)
     words = str(describe(model))
@@ -217,7 +262,7 @@ def test_a_family_without_fused_layers_gets_norms_and_loss(ids: Any) -> None:
         pad_token_id=0,
         max_position_embeddings=64,
     )
-    model = transformers.AutoModelForCausalLM.from_config(config)
+    model = transformers.AutoModelForCausalLM.from_config(config).to(DEVICE)
     model = get_peft_model(model, LoraConfig(r=2, target_modules="all-linear"))
     stock = model(input_ids=ids, labels=ids).loss
     fuse(model)
@@ -227,6 +272,9 @@ def test_a_family_without_fused_layers_gets_norms_and_loss(ids: Any) -> None:
     assert "labelled rows only" in words
     loss = model(input_ids=ids, labels=ids).loss
     assert float(loss.detach()) == pytest.approx(float(stock.detach()), rel=1e-5)
+    again = pickle.loads(pickle.dumps(model))
+    assert torch.equal(again(input_ids=ids, labels=ids).loss, loss)
+    assert str(describe(again)) == words
     loss.backward()
 
 
