@@ -1,0 +1,123 @@
+"""The implementations whose training step is timed: how each loads a model and attaches LoRA.
+
+All of them: NF4 with double quantisation, LoRA of rank 16 on the seven linears of a layer, no
+dropout, adapters in float32, scaled dot product attention.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+TARGETS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
+RANK, ALPHA, SEED = 16, 32, 42
+
+
+@dataclass(frozen=True)
+class Request:
+    """What to load, and for which rows."""
+
+    folder: str
+    dtype: torch.dtype
+    longest: int
+    is_lean: bool = False
+
+
+def _stock(request: Request, *, checkpointing: bool, uses_liger: bool = False) -> Any:
+    """transformers, PEFT and bitsandbytes as they are, or with Liger's kernels patched in."""
+    from peft import LoraConfig, get_peft_model
+    from transformers import AutoModelForCausalLM, BitsAndBytesConfig
+
+    if uses_liger:
+        from liger_kernel.transformers import apply_liger_kernel_to_llama
+
+        apply_liger_kernel_to_llama(
+            rope=True,
+            rms_norm=True,
+            swiglu=True,
+            fused_linear_cross_entropy=True,
+            cross_entropy=False,
+        )
+    model = AutoModelForCausalLM.from_pretrained(
+        request.folder,
+        dtype=request.dtype,
+        device_map={"": 0 if torch.cuda.is_available() else "cpu"},
+        attn_implementation="sdpa",
+        quantization_config=BitsAndBytesConfig(
+            load_in_4bit=True,
+            bnb_4bit_quant_type="nf4",
+            bnb_4bit_use_double_quant=True,
+            bnb_4bit_compute_dtype=request.dtype,
+        ),
+    )
+    if checkpointing:
+        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+        model.enable_input_require_grads()
+    lora = LoraConfig(
+        r=RANK, lora_alpha=ALPHA, lora_dropout=0.0, target_modules=list(TARGETS),
+        task_type="CAUSAL_LM",
+    )  # fmt: skip
+    model = get_peft_model(model, lora)
+    model.config.use_cache = False
+    return model
+
+
+def _unsloth(request: Request, *, checkpointing: bool | str) -> Any:
+    from unsloth import FastLanguageModel
+
+    return _fast(FastLanguageModel, request, checkpointing)
+
+
+def _ours(request: Request, *, checkpointing: bool) -> Any:
+    from colab_qlora import FastLanguageModel
+    from colab_qlora.models.fuse import state_of
+
+    model = _fast(FastLanguageModel, request, checkpointing)
+    state = state_of(model)
+    assert state is not None
+    if request.is_lean:
+        state.mlp_tokens, state.holds_gate_up, state.max_weight_bytes = 1024, False, 1
+    return model
+
+
+def _fast(face: Any, request: Request, checkpointing: bool | str) -> Any:
+    """Through a `FastLanguageModel`, Unsloth's or ours."""
+    model, _ = face.from_pretrained(
+        request.folder, max_seq_length=request.longest, dtype=request.dtype, load_in_4bit=True
+    )
+    return face.get_peft_model(
+        model,
+        r=RANK,
+        target_modules=list(TARGETS),
+        lora_alpha=ALPHA,
+        lora_dropout=0,
+        bias="none",
+        use_gradient_checkpointing=checkpointing,
+        random_state=SEED,
+    )
+
+
+IMPLEMENTATIONS: dict[str, Callable[[Request], Any]] = {
+    "hf": lambda request: _stock(request, checkpointing=True),
+    "hf_nockpt": lambda request: _stock(request, checkpointing=False),
+    "hf_liger": lambda request: _stock(request, checkpointing=True, uses_liger=True),
+    "unsloth": lambda request: _unsloth(request, checkpointing="unsloth"),
+    "unsloth_nockpt": lambda request: _unsloth(request, checkpointing=False),
+    "ours": lambda request: _ours(request, checkpointing=True),
+    "ours_nockpt": lambda request: _ours(request, checkpointing=False),
+}
+
+
+def make_optimizer(name: str, model: Any) -> torch.optim.Optimizer:
+    """8-bit AdamW over the LoRA weights: "flat" is ours, "bnb" bitsandbytes'."""
+    parameters = [p for p in model.parameters() if p.requires_grad]
+    if name == "flat":
+        from colab_qlora.training.optimizer import FlatAdamW
+
+        return FlatAdamW(parameters, lr=2e-4, weight_decay=0.01, bits=8)
+    import bitsandbytes
+
+    return bitsandbytes.optim.AdamW8bit(parameters, lr=2e-4, weight_decay=0.01)
