@@ -90,6 +90,8 @@ def _forward_kernel(
     mask = (row < tokens) & (column < width)  # [ROWS, BLOCK]
     g = tl.load(gate + row * gate_row + column, mask=mask, other=0.0).to(tl.float32)
     u = tl.load(up + row * up_row + column, mask=mask, other=0.0).to(tl.float32)
+    # the output may be an input, and another thread may load what this one stores
+    tl.debug_barrier()
     share, _ = _share_and_slope(g, ACTIVATION)
     m = g * share * u
     tl.store(out + row * out_row + column, m.to(out.dtype.element_ty), mask=mask)

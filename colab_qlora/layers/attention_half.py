@@ -16,7 +16,8 @@ from colab_qlora.kernels.attention import (
 )
 from colab_qlora.kernels.rms_norm import rms_norm_backward, rms_norm_forward
 from colab_qlora.kernels.rope import rope_
-from colab_qlora.layers.layer_parts import Gradients, LayerParts, Norm, Pass
+from colab_qlora.layers.gradients import Gradients
+from colab_qlora.layers.layer_parts import LayerParts, Norm, Pass
 from colab_qlora.layers.saved import SavedTensors
 
 Heads = tuple[torch.Tensor, torch.Tensor, torch.Tensor]
@@ -55,51 +56,70 @@ def attention_half_backward(
     needs_dx: bool,
 ) -> torch.Tensor | None:
     """Gradient of h0 from that of h1 (tokens, width); parameters' gradients go into `gradients`."""
-    tokens = dh1.shape[0]
-    dy = parts.o.wide("x", tokens, parts.o.out_features, dh1)
-    dy[:, : parts.o.out_features] = dh1
-    do = torch.empty_like(have["o"])
-    parts.o.input_gradient(dy, do, run.call("o"))
-    found = parts.o.parameter_gradients(
-        dy, have["o"], have["xa_o"], run.call("o"), dx=do, lead=run.lead
-    )
-    gradients.add_all(parts.o.trainable(), found)
-    dy = parts.qkv.wide("d_qkv", tokens, parts.qkv.out_features, dh1)
-    d_heads = _heads(dy, parts)
-    rotated = _rotated(have["q"], have["k"], parts, run)
+    do = _through_o(dh1, have, parts, run, gradients)
+    dy = parts.qkv.wide("d_qkv", dh1.shape[0], parts.qkv.out_features, dh1)
+    heads = (dh1.shape[0], parts.q_heads, parts.head_dim)
+    dq, dk, dv = d_heads = _heads(dy, parts)
     attention_backward(
-        do.view(tokens, parts.q_heads, parts.head_dim),
-        *rotated,
+        do.view(heads),
+        *_rotated(have["q"], have["k"], parts, run),
         have["v"],
-        have["o"].view(tokens, parts.q_heads, parts.head_dim),
+        have["o"].view(heads),
         have["lse"],
         run.attention,
         backend=run.backend,
-        dq=d_heads[0],
-        dk=d_heads[1],
-        dv=d_heads[2],
+        dq=dq,
+        dk=dk,
+        dv=dv,
     )
     _unrotate_(d_heads, have, parts, run, gradients)
+    return _through_qkv(dy, dh1, have, parts, run, gradients, needs_dx=needs_dx)
+
+
+def _through_o(
+    dh1: torch.Tensor,
+    have: dict[str, torch.Tensor],
+    parts: LayerParts,
+    run: Pass,
+    gradients: Gradients,
+) -> torch.Tensor:
+    """Gradient of the attention's output."""
+    group, call = parts.o, run.call("o")
+    dy = group.wide("x", dh1.shape[0], group.out_features, dh1)
+    dy[:, : group.out_features] = dh1
+    do = torch.empty_like(have["o"])
+    group.input_gradient(dy, do, call)
+    found = group.parameter_gradients(dy, have["o"], have["xa_o"], call, dx=do, lead=run.lead)
+    gradients.add_all(group.trainable(), found)
+    return do
+
+
+def _through_qkv(
+    dy: torch.Tensor,
+    dh1: torch.Tensor,
+    have: dict[str, torch.Tensor],
+    parts: LayerParts,
+    run: Pass,
+    gradients: Gradients,
+    *,
+    needs_dx: bool,
+) -> torch.Tensor | None:
+    """Gradient of h0, from that of q, k and v and over the residual."""
+    group, call, norm = parts.qkv, run.call("qkv"), parts.norm1
     x = run.scratch.get("x", tuple(have["h0"].shape), dh1.dtype, dh1.device)
-    _, rstd, _ = rms_norm_forward(have["h0"], parts.norm1.weight, parts.norm1.eps, out=x)
-    needs_norm = needs_dx or parts.norm1.weight.requires_grad
+    _, rstd, _ = rms_norm_forward(have["h0"], norm.weight, norm.eps, out=x)
+    needs_norm = needs_dx or norm.weight.requires_grad
     dn = torch.empty_like(dh1) if needs_norm else None
-    parts.qkv.input_gradient(dy, dn, run.call("qkv"))
-    found = parts.qkv.parameter_gradients(
-        dy, x, have["xa_qkv"], run.call("qkv"), dx=dn, lead=run.lead
-    )
-    gradients.add_all(parts.qkv.trainable(), found)
+    group.input_gradient(dy, dn, call)
+    found = group.parameter_gradients(dy, x, have["xa_qkv"], call, dx=dn, lead=run.lead)
+    gradients.add_all(group.trainable(), found)
     if dn is None:
         return None
+    needs_weight = norm.weight.requires_grad
     dh0, dw = rms_norm_backward(
-        dn,
-        have["h0"],
-        parts.norm1.weight,
-        rstd,
-        residual_grad=dh1,
-        needs_weight_grad=parts.norm1.weight.requires_grad,
+        dn, have["h0"], norm.weight, rstd, residual_grad=dh1, needs_weight_grad=needs_weight
     )
-    gradients.add(parts.norm1.weight, dw)
+    gradients.add(norm.weight, dw)
     return dh0
 
 
@@ -114,10 +134,9 @@ def _projected(
     group = parts.qkv
     wide = group.wide("x", h0.shape[0], group.in_features, h0)
     x = wide[:, : group.in_features]
-    _, rstd, _ = rms_norm_forward(h0, parts.norm1.weight, parts.norm1.eps, out=x)
+    rms_norm_forward(h0, parts.norm1.weight, parts.norm1.eps, out=x)
     y = h0.new_empty((h0.shape[0], group.out_features))
     products = group.forward(wide, y, run.call("qkv"), only=only, lead=run.lead)
-    saved.put("rstd1", rstd)
     saved.put("xa_qkv", products, is_scratch=True)
     heads = _heads(y, parts)
     computed = frozenset(range(3)) if only is None else only

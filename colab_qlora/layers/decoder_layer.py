@@ -1,7 +1,7 @@
 """A whole decoder layer as one autograd.Function that owns what it keeps.
 
 Autograd would keep 185 to 374 KB a token of an 8B layer, and a graph node an op; this keeps the
-tensors that a plan names (94,568 bytes a token at most, `saved.py`) and is one node. It saves
+tensors that a plan names (94,560 bytes a token at most, `saved.py`) and is one node. It saves
 nothing through autograd itself, so its backward pass can run once: a second one raises an error.
 """
 
@@ -19,7 +19,8 @@ from colab_qlora.layers.attention_half import (
     attention_half_backward,
     rebuild_attention,
 )
-from colab_qlora.layers.layer_parts import Gradients, LayerParts, Pass
+from colab_qlora.layers.gradients import Gradients
+from colab_qlora.layers.layer_parts import LayerParts, Pass
 from colab_qlora.layers.mlp_half import mlp_half, mlp_half_backward
 from colab_qlora.layers.saved import SavedTensors
 
@@ -64,7 +65,9 @@ class _FusedLayer(torch.autograd.Function):
         *trainable: torch.nn.Parameter,
     ) -> torch.Tensor:
         ctx.parts, ctx.run, ctx.saved, ctx.trainable = parts, run, saved, trainable
-        flat = hidden.detach().reshape(-1, hidden.shape[-1])
+        # nothing goes through save_for_backward, so autograd does not watch the parameters
+        ctx.versions = [parameter._version for parameter in trainable]
+        flat = hidden.detach().reshape(-1, hidden.shape[-1]).contiguous()
         return layer_forward(flat, parts, run, saved).view(hidden.shape)
 
     @staticmethod
@@ -77,9 +80,16 @@ class _FusedLayer(torch.autograd.Function):
                 allowed="one backward pass for each forward pass",
                 do="Add the losses first, or undo the fused layers with restore(model)",
             )
+        if [parameter._version for parameter in ctx.trainable] != ctx.versions:
+            raise UserError(
+                "an adapter was changed between the forward and the backward pass",
+                got="an optimiser step, or another write into a LoRA weight",
+                allowed="backward passes before the step that they belong to",
+                do="Call backward() on every loss first, then optimizer.step()",
+            )
         saved, ctx.saved = ctx.saved, None
         try:
-            flat = dh.reshape(-1, dh.shape[-1])
+            flat = dh.reshape(-1, dh.shape[-1]).contiguous()
             needs_dx = ctx.needs_input_grad[0]
             dh0, gradients = layer_backward(flat, ctx.parts, ctx.run, saved, needs_dx=needs_dx)
         finally:
@@ -105,7 +115,10 @@ def fused_layer(
     trainable = parts.trainable()
     needs_graph = torch.is_grad_enabled() and (hidden.requires_grad or bool(trainable))
     if not needs_graph:
-        flat = hidden.detach().reshape(-1, hidden.shape[-1])
-        return layer_forward(flat, parts, run, SavedTensors(frozenset())).view(hidden.shape)
-    out: torch.Tensor = _FusedLayer.apply(hidden, parts, run, saved, *trainable)
+        flat = hidden.detach().reshape(-1, hidden.shape[-1]).contiguous()
+        with torch.cuda.device_of(hidden):
+            return layer_forward(flat, parts, run, SavedTensors(frozenset())).view(hidden.shape)
+    # kernels start on the current device, which need not be the model's
+    with torch.cuda.device_of(hidden):
+        out: torch.Tensor = _FusedLayer.apply(hidden, parts, run, saved, *trainable)
     return out

@@ -66,6 +66,7 @@ class Pass:
         attention: shapes, documents and mask of the batch.
         cos, sin: rotation tables (positions, head_dim); positions divide the tokens.
         lead: leading shape of the hidden states, (batch, length).
+        autocast: whether the caller runs under autocast, and its dtype.
         backend: the attention that runs, chosen at the first call and kept for the backward pass.
         mlp_tokens: the MLP half works on at most this many tokens at a time (None: all).
         calls: what each group has to remember.
@@ -76,36 +77,15 @@ class Pass:
     sin: torch.Tensor
     lead: tuple[int, ...]
     scratch: Scratch
+    autocast: tuple[bool, torch.dtype] = (False, torch.bfloat16)
     mlp_tokens: int | None = None
     backend: str | None = None
     calls: dict[str, GroupCall] = field(default_factory=dict)
 
     def call(self, name: str) -> GroupCall:
-        return self.calls.setdefault(name, GroupCall())
+        return self.calls.setdefault(name, GroupCall(self.autocast))
 
     def token_chunks(self, tokens: int) -> list[slice]:
         """Slices that cover the tokens; at least one, also of an empty batch."""
         size = min(self.mlp_tokens or tokens, tokens) or 1
         return [slice(i, min(i + size, tokens)) for i in range(0, max(tokens, 1), size)]
-
-
-class Gradients:
-    """Gradients of parameters, summed when a parameter gets several."""
-
-    def __init__(self) -> None:
-        self._by_id: dict[int, torch.Tensor] = {}
-
-    def add(self, parameter: torch.nn.Parameter, gradient: torch.Tensor | None) -> None:
-        if gradient is None:
-            return
-        have = self._by_id.get(id(parameter))
-        self._by_id[id(parameter)] = gradient if have is None else have.add_(gradient)
-
-    def add_all(
-        self, parameters: list[torch.nn.Parameter], gradients: list[torch.Tensor | None]
-    ) -> None:
-        for parameter, gradient in zip(parameters, gradients, strict=True):
-            self.add(parameter, gradient)
-
-    def of(self, parameter: torch.nn.Parameter) -> torch.Tensor | None:
-        return self._by_id.get(id(parameter))

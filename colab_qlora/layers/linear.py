@@ -124,7 +124,7 @@ def _lora_blocks(module: Any) -> tuple[tuple[LoraBlock, ...], str]:
         return (), "" if not module.merged else "adapters are disabled while merged"
     if module.merged:
         return (), ""
-    blocks = []
+    blocks: list[LoraBlock] = []
     for name in module.active_adapters:
         if name not in module.lora_A:
             continue
@@ -132,11 +132,13 @@ def _lora_blocks(module: Any) -> tuple[tuple[LoraBlock, ...], str]:
         if name in getattr(module, "lora_variant", ()):
             kind = type(module.lora_variant[name]).__name__
             return (), f"its adapter is a variant of LoRA ({kind})"
+        if not (isinstance(a, torch.nn.Linear) and isinstance(b, torch.nn.Linear)):
+            return (), f"its adapter is no plain LoRA ({type(module).__name__})"
         if a.bias is not None or b.bias is not None:
             return (), "its adapter has a bias"
-        if words := _hooked(a) or _hooked(b):
-            return (), words
         dropout = module.lora_dropout[name]
+        if words := _hooked(a) or _hooked(b) or _hooked(dropout):
+            return (), words
         if not isinstance(dropout, (torch.nn.Identity, torch.nn.Dropout)):
             return (), f"its dropout is a {type(dropout).__name__}"
         share = getattr(dropout, "p", 0.0) if dropout.training else 0.0

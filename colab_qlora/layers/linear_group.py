@@ -25,6 +25,7 @@ import torch
 from colab_qlora.kernels.lora_borders import Border, lora_borders_
 from colab_qlora.layers.decode import decode_weights
 from colab_qlora.layers.gemm import accumulate, multiply_into, parameter_gradient
+from colab_qlora.layers.gradients import Gradients
 from colab_qlora.layers.linear import LinearPart, LoraBlock
 from colab_qlora.layers.lora_dropout import drop, dropped_gradient_
 from colab_qlora.layers.module_call import ModuleCall
@@ -39,6 +40,7 @@ PADDING = {"cuda": 64}
 class GroupCall:
     """What one forward pass of a group has to remember besides tensors: seeds and module calls."""
 
+    autocast: tuple[bool, torch.dtype]
     seeds: dict[int, int] = field(default_factory=dict)
     modules: dict[int, ModuleCall] = field(default_factory=dict)
 
@@ -88,8 +90,8 @@ class LinearGroup:
         return self.scratch.get(slot, shape, like.dtype, like.device)
 
     def trainable(self) -> list[torch.nn.Parameter]:
-        """Parameters whose gradients `backward` returns, in its order."""
-        return [p for part in self.parts for p in part.trainable()]
+        """Parameters whose gradients `parameter_gradients` returns, in its order, each once."""
+        return list({id(p): p for part in self.parts for p in part.trainable()}.values())
 
     def forward(
         self,
@@ -120,7 +122,7 @@ class LinearGroup:
             multiply_into(x_wide, weight, out[:, rows], bias, _columns(residual, rows))
         for index in self._modules(only):
             rows = slice(self.rows[index], self.rows[index + 1])
-            y = call.modules.setdefault(index, ModuleCall()).forward(
+            y = call.modules.setdefault(index, ModuleCall(call.autocast)).forward(
                 self.parts[index].module, x, lead
             )
             out[:, rows] = y if residual is None else y + residual[:, rows]
@@ -173,37 +175,37 @@ class LinearGroup:
         dy, spare = dy_wide[:, : self.out_features], dy_wide[:, self.out_features :]
         if products is None:
             products = self.products(x, call)
-        gradients: dict[int, torch.Tensor | None] = self._a_gradients(spare, x, call)
+        gradients = Gradients()
+        self._a_gradients(spare, x, call, gradients)
         for index, column, block in self.blocks:
-            columns = slice(column, column + block.rank)
             if block.b.requires_grad:
                 own = dy[:, self.rows[index] : self.rows[index + 1]]
-                gradients[id(block.b)] = parameter_gradient(
-                    own, products[:, columns], block.b, block.scaling
-                )
+                product = products[:, column : column + block.rank]
+                found = parameter_gradient(own, product, block.b, block.scaling)
+                gradients.add(block.b, found)
         for index, part in enumerate(self.parts):
             own = dy[:, self.rows[index] : self.rows[index + 1]]
             if part.kind == "module":
-                gradients |= call.modules[index].backward(part.module, x, own, dx, lead)
+                call.modules[index].backward(part.module, x, own, dx, lead, gradients)
             elif isinstance(part.bias, torch.nn.Parameter) and part.bias.requires_grad:
-                gradients[id(part.bias)] = own.sum(0, dtype=part.bias.dtype)
-        return [gradients.get(id(p)) for p in self.trainable()]
+                gradients.add(part.bias, own.sum(0, dtype=part.bias.dtype))
+        return [gradients.of(p) for p in self.trainable()]
 
     def _a_gradients(
-        self, spare: torch.Tensor, x: torch.Tensor, call: GroupCall
-    ) -> dict[int, torch.Tensor | None]:
+        self, spare: torch.Tensor, x: torch.Tensor, call: GroupCall, gradients: Gradients
+    ) -> None:
         """(dY s B)^T x of every block; one GEMM where no block has a dropout of its own."""
         blocks = [(column, block) for _, column, block in self.blocks if block.a.requires_grad]
         if len(blocks) > 1 and not call.seeds and len({b.a.dtype for _, b in blocks}) == 1:
             together = parameter_gradient(spare[:, : self.rank], x, blocks[0][1].a)
-            return {id(b.a): together[column : column + b.rank] for column, b in blocks}
-        gradients: dict[int, torch.Tensor | None] = {}
+            for column, block in blocks:
+                gradients.add(block.a, together[column : column + block.rank])
+            return
         for column, block in blocks:
             seed = call.seeds.get(column)
             seen = x if seed is None else drop(x, block.dropout, seed)
             ds = spare[:, column : column + block.rank]
-            gradients[id(block.a)] = parameter_gradient(ds, seen, block.a)
-        return gradients
+            gradients.add(block.a, parameter_gradient(ds, seen, block.a))
 
     def products(self, x: torch.Tensor, call: GroupCall) -> torch.Tensor:
         """X A^T, (tokens, rank), with the dropout of this call."""

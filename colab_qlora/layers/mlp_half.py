@@ -10,29 +10,32 @@ chunk decodes the weights again unless they still stand in their scratch slot.
 
 from __future__ import annotations
 
+import math
+
 import torch
 
 from colab_qlora.kernels.rms_norm import rms_norm_backward, rms_norm_forward
 from colab_qlora.kernels.swiglu import glu_backward, glu_forward
-from colab_qlora.layers.layer_parts import Gradients, LayerParts, Pass
+from colab_qlora.layers.gradients import Gradients
+from colab_qlora.layers.layer_parts import LayerParts, Pass
 from colab_qlora.layers.linear_group import GroupCall
 from colab_qlora.layers.saved import SavedTensors
 
 
 def mlp_half(h1: torch.Tensor, parts: LayerParts, run: Pass, saved: SavedTensors) -> torch.Tensor:
     """Return h2 (tokens, width)."""
-    h2, pieces = torch.empty_like(h1), _Pieces(saved, h1.shape[0])
+    h2, pieces = torch.empty_like(h1), _Pieces(saved.plan, h1.shape[0])
     kept = None
-    if saved.plan & {"gate", "up"}:
+    if saved.plan >= {"gate", "up"}:
         kept = h1.new_empty((h1.shape[0], _buffer_width(parts, h1)))
-        saved.put("gate", _halves(kept, parts)[0])
-        saved.put("up", _halves(kept, parts)[1])
     for rows in run.token_chunks(h1.shape[0]):
-        wide, rstd = _normed(h1[rows], parts, run)
+        wide, _ = _normed(h1[rows], parts, run)
         buffer = kept[rows] if kept is not None else _scratch_buffer(wide, parts, run)
         products = _gate_up(wide, buffer, None, parts, run, rows)
         pieces.put("xa_gate_up", rows, products)
-        pieces.put("rstd2", rows, rstd)
+        if kept is None:
+            pieces.put("gate", rows, _halves(buffer, parts)[0])
+            pieces.put("up", rows, _halves(buffer, parts)[1])
         m_wide = _activated(buffer, parts, is_free=kept is None)
         products = parts.down.forward(
             m_wide,
@@ -42,6 +45,10 @@ def mlp_half(h1: torch.Tensor, parts: LayerParts, run: Pass, saved: SavedTensors
             lead=_lead(run, rows),
         )
         pieces.put("xa_down", rows, products)
+    if kept is not None:
+        pieces.whole |= zip(("gate", "up"), _halves(kept, parts), strict=True)
+    for name, tensor in pieces.whole.items():
+        saved.put(name, tensor)
     return h2
 
 
@@ -206,12 +213,10 @@ def _whole_buffer(
     return gate.as_strided((gate.shape[0], width), (width, 1), gate.storage_offset())
 
 
-def _lead(run: Pass, rows: slice) -> tuple[int, ...] | None:
-    """Leading shape for modules that are called inside; a part of the tokens has none."""
-    tokens = 1
-    for size in run.lead:
-        tokens *= size
-    return run.lead if rows.stop - rows.start == tokens else (1, rows.stop - rows.start)
+def _lead(run: Pass, rows: slice) -> tuple[int, ...]:
+    """Leading shape for modules that are called inside: the batch's, or one row of a chunk."""
+    count = rows.stop - rows.start
+    return run.lead if count == math.prod(run.lead) else (1, count)
 
 
 def _call(run: Pass, name: str, rows: slice) -> GroupCall:
@@ -220,17 +225,16 @@ def _call(run: Pass, name: str, rows: slice) -> GroupCall:
 
 
 class _Pieces:
-    """Hands to the store, as one tensor each, what comes chunk by chunk."""
+    """Collects as one tensor each, of what a plan names, what comes chunk by chunk."""
 
-    def __init__(self, saved: SavedTensors, tokens: int) -> None:
-        self._saved = saved
+    def __init__(self, plan: frozenset[str], tokens: int) -> None:
+        self._plan = plan
         self._tokens = tokens
+        self.whole: dict[str, torch.Tensor] = {}
 
     def put(self, name: str, rows: slice, tensor: torch.Tensor) -> None:
-        if name not in self._saved.plan:
+        if name not in self._plan:
             return
-        whole = self._saved.get(name)
-        if whole is None:
-            whole = tensor.new_empty((self._tokens, *tensor.shape[1:]))
-            self._saved.put(name, whole)
-        whole[rows] = tensor
+        if name not in self.whole:
+            self.whole[name] = tensor.new_empty((self._tokens, *tensor.shape[1:]))
+        self.whole[name][rows] = tensor

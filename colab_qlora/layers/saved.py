@@ -9,10 +9,9 @@ each can be left out and rebuilt from the others. Bytes a token for Llama-3-8B i
     h1          8,192    input of the MLP half
     gate, up   57,344    the two MLP projections
     xa_*          224    the rank-r products x A^T of the four linear groups (r = 16)
-    rstd1, 2        8    1 / rms of the two norms, float32
 
-94,568 bytes together. The norms' outputs, the MLP's activation and down_proj's output are never
-kept: the first three cost one element-wise pass, and nothing needs the last.
+94,560 bytes together. The norms' outputs and their 1 / rms, the MLP's activation and down_proj's
+output are never kept: the first cost one element-wise pass, and nothing needs the last.
 """
 
 from __future__ import annotations
@@ -25,7 +24,6 @@ from colab_qlora.errors import UserError
 
 ALL_NAMES = (
     "h0",
-    "rstd1",
     "xa_qkv",
     "q",
     "k",
@@ -34,7 +32,6 @@ ALL_NAMES = (
     "lse",
     "xa_o",
     "h1",
-    "rstd2",
     "xa_gate_up",
     "gate",
     "up",

@@ -36,7 +36,9 @@ class Scratch:
         if held is None or held.numel() < numbers:
             self._slots.pop(key, None)
             held = None  # let go of the old one first, so that both never stand side by side
-            held = torch.empty(numbers, dtype=dtype, device=device)
+            # what is made in inference mode could not be written to outside of it
+            with torch.inference_mode(False):
+                held = torch.empty(numbers, dtype=dtype, device=device)
             self._slots[key] = held
         return held[:numbers].view(shape)
 

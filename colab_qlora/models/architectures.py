@@ -7,6 +7,7 @@ What is read here is read again at every pass, since adapters may be switched in
 
 from __future__ import annotations
 
+import functools
 from typing import Any
 
 from colab_qlora.kernels.swiglu import activation_name
@@ -14,6 +15,7 @@ from colab_qlora.layers.layer_parts import LayerParts, Norm
 from colab_qlora.layers.linear import LinearPart, read_linear
 from colab_qlora.layers.linear_group import LinearGroup
 from colab_qlora.layers.scratch import Scratch
+from colab_qlora.models.fused_norm import RMS_NORMS
 
 # class name of the decoder layer -> the module of transformers that it must come from: a class of
 # the same name elsewhere may compute something else
@@ -61,7 +63,23 @@ def why_stock_now(layer: Any) -> str:
         watched += [*child._backward_hooks.values(), *child._backward_pre_hooks.values()]
         if any(getattr(hook, "__module__", "") != _CAPTURING for hook in watched):
             return f"{name} has hooks"
+    norms = [layer.input_layernorm, layer.post_attention_layernorm]
+    norms += [m for m in (getattr(attention, n, None) for n in ("q_norm", "k_norm")) if m]
+    if any(type(norm).__name__ not in RMS_NORMS for norm in norms):
+        return "a norm was replaced"
+    activation: Any = layer.mlp.act_fn
+    if type(activation) is not _activation_class(attention.config.hidden_act):
+        return "the activation was replaced"
+    if activation._forward_hooks or activation._forward_pre_hooks:
+        return "the activation has hooks"
     return ""
+
+
+@functools.cache
+def _activation_class(hidden_act: str) -> Any:
+    from transformers.activations import ACT2FN
+
+    return type(ACT2FN[hidden_act])
 
 
 def layer_linears(layer: Any) -> dict[str, list[LinearPart]]:
@@ -115,7 +133,7 @@ def read_layer(
         q_norm=None if q_norm is None else _norm(q_norm),
         k_norm=None if k_norm is None else _norm(k_norm),
         uses_rope=bool(getattr(attention, "use_rope", True)),
-        window=_window(attention),
+        window=attention_window(attention),
     )
 
 
@@ -123,7 +141,8 @@ def _norm(module: Any) -> Norm:
     return Norm(module.weight, module.variance_epsilon)
 
 
-def _window(attention: Any) -> int | None:
+def attention_window(attention: Any) -> int | None:
+    """Reach of sliding-window attention in tokens, or None."""
     if hasattr(attention, "sliding_window"):
         return attention.sliding_window
     if type(attention).__name__ == "MistralAttention":

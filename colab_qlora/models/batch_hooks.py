@@ -7,7 +7,8 @@ from typing import Any
 import torch
 
 from colab_qlora.errors import UserError
-from colab_qlora.models.fused_state import Documents, fused_state
+from colab_qlora.models.documents import Documents, stand_in
+from colab_qlora.models.fused_state import fused_state
 
 
 def prepare_batch(
@@ -36,13 +37,14 @@ def prepare_batch(
         return args, kwargs
     mask, positions = kwargs.get("attention_mask"), kwargs.get("position_ids")
     if isinstance(mask, torch.Tensor) and mask.dim() == 2 and is_right_padded(mask):
-        return args, {**kwargs, "attention_mask": None}
-    if learns and mask is None and isinstance(positions, torch.Tensor):
-        state.documents = _documents(positions, _batch_rows(args, kwargs))
-        if state.documents is not None:
-            # four dimensions pass through transformers untouched; fused layers do not look at it
-            stand_in = torch.zeros((1, 1, 1, 1), dtype=torch.bool, device=positions.device)
-            return args, {**kwargs, "attention_mask": stand_in}
+        # beside a mask, positions that start again are padding's, not documents'
+        kept = None if positions is None else stand_in(None, mask.device)
+        return args, {**kwargs, "attention_mask": kept}
+    has_no_cache = learns or kwargs.get("use_cache") is False
+    if has_no_cache and mask is None and isinstance(positions, torch.Tensor):
+        documents = _documents(positions, _batch_rows(args, kwargs))
+        if documents is not None:
+            return args, {**kwargs, "attention_mask": stand_in(documents, positions.device)}
     return args, kwargs
 
 
@@ -61,13 +63,13 @@ def tables_in_float32(
     model's own code gets the tables rounded as ever.
     """
 
-    def stand_in(x: torch.Tensor) -> torch.Tensor:
+    def like(x: torch.Tensor) -> torch.Tensor:
         wide = torch.float64 if x.dtype == torch.float64 else torch.float32
         return torch.empty(0, dtype=wide, device=x.device)
 
     if args:
-        return (stand_in(args[0]), *args[1:]), kwargs
-    return args, {**kwargs, "x": stand_in(kwargs["x"])}
+        return (like(args[0]), *args[1:]), kwargs
+    return args, {**kwargs, "x": like(kwargs["x"])}
 
 
 def _inputs(args: tuple[Any, ...], kwargs: dict[str, Any]) -> torch.Tensor | None:
@@ -82,7 +84,7 @@ def _batch_rows(args: tuple[Any, ...], kwargs: dict[str, Any]) -> int:
 
 def _check_length(trunk: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
     inputs = _inputs(args, kwargs)
-    limit = getattr(trunk.config, "max_position_embeddings", None)
+    limit = _position_limit(trunk.config)
     positions = kwargs.get("position_ids")
     if inputs is None or limit is None or positions is not None or inputs.shape[1] <= limit:
         return
@@ -92,6 +94,16 @@ def _check_length(trunk: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> 
         allowed=f"up to {limit} tokens (max_position_embeddings)",
         do="Lower max_seq_length, or load the model with rope_scaling",
     )
+
+
+def _position_limit(config: Any) -> int | None:
+    """Positions that the model was made or stretched for, in tokens."""
+    limit = getattr(config, "max_position_embeddings", None)
+    rope = getattr(config, "rope_parameters", None) or getattr(config, "rope_scaling", None) or {}
+    # in llama3's form the limit of the config is the stretched one
+    if limit is None or rope.get("rope_type", "default") in ("default", "llama3"):
+        return limit
+    return int(limit * max(1.0, float(rope.get("factor") or 1.0)))
 
 
 def _documents(positions: torch.Tensor, rows: int) -> Documents | None:

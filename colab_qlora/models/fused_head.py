@@ -118,6 +118,8 @@ def _why_stock_loss(self: Any, kwargs: dict[str, Any]) -> str:
     """Why this call computes logits after all; empty if it need not."""
     if fused_state(self) is None:
         return "the model was restored"
+    if "_loss_function" in self.__dict__:
+        return "the model has a loss function of its own"
     head = self.lm_head
     if type(head) is not torch.nn.Linear:
         return f"the head is a {type(head).__name__}"

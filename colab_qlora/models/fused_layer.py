@@ -15,7 +15,8 @@ import torch
 from colab_qlora.layers.decoder_layer import fused_layer
 from colab_qlora.layers.layer_parts import Pass
 from colab_qlora.layers.saved import SavedTensors
-from colab_qlora.models.architectures import read_layer, why_stock_now
+from colab_qlora.models.architectures import attention_window, read_layer, why_stock_now
+from colab_qlora.models.documents import documents_of, is_stand_in
 from colab_qlora.models.fused_class import reduce_by, stock_class
 from colab_qlora.models.fused_state import fused_state
 
@@ -69,7 +70,9 @@ def _forward(
     scale, window = float(self.self_attn.scaling), parts.window
     cos, sin = (table.reshape(-1, table.shape[-1]) for table in position_embeddings)
     shape = state.attention_shape(lead, heads, scale, attention_mask, window)
-    run = Pass(shape, cos, sin, lead, state.scratch, state.mlp_tokens)
+    kind = hidden_states.device.type
+    autocast = (torch.is_autocast_enabled(kind), torch.get_autocast_dtype(kind))
+    run = Pass(shape, cos, sin, lead, state.scratch, autocast, state.mlp_tokens)
     return fused_layer(hidden_states, parts, run, SavedTensors(state.plan_for(self)))
 
 
@@ -87,7 +90,7 @@ def _why_stock(
         return "attention weights were asked for"
     if hidden.dim() != 3:
         return f"hidden states of {hidden.dim()} dimensions"
-    if mask is not None and mask.dim() != 4:
+    if mask is not None and not (isinstance(mask, torch.Tensor) and mask.dim() == 4):
         return "an attention mask of another form"
     if hidden.dtype == torch.float32 and torch.is_autocast_enabled(hidden.device.type):
         return "float32 hidden states under autocast"
@@ -99,10 +102,10 @@ def _stock_forward(self: Any, hidden: torch.Tensor, **kwargs: Any) -> torch.Tens
     tables = kwargs.get("position_embeddings")
     if tables is not None:
         kwargs["position_embeddings"] = tuple(t.to(hidden.dtype) for t in tables)
-    state = fused_state(self)
-    if state is not None and state.documents is not None:
-        window = getattr(self.self_attn, "sliding_window", None)
-        kwargs["attention_mask"] = state.documents.mask(hidden.shape[0], hidden.shape[1], window)
+    if is_stand_in(kwargs.get("attention_mask")):
+        documents = documents_of(kwargs["attention_mask"])
+        sizes = (hidden.shape[0], hidden.shape[1], attention_window(self.self_attn))
+        kwargs["attention_mask"] = None if documents is None else documents.mask(*sizes)
     stock = functools.partial(stock_class(type(self)).forward, self, **kwargs)
     if self.gradient_checkpointing and self.training and kwargs.get("past_key_values") is None:
         return self._gradient_checkpointing_func(stock, hidden)

@@ -43,5 +43,6 @@ def is_fused_norm(module: Any) -> bool:
 
 
 def _forward(self: Any, hidden_states: torch.Tensor) -> torch.Tensor:
-    with torch.autocast(hidden_states.device.type, enabled=False):
+    device = hidden_states.device.type
+    with torch.autocast(device, enabled=False), torch.cuda.device_of(hidden_states):
         return rms_norm(hidden_states, self.weight, self.variance_epsilon)

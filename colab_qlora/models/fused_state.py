@@ -10,34 +10,9 @@ import torch
 from colab_qlora.kernels.attention import AttentionShape
 from colab_qlora.layers.saved import KEEP_ALL, KEEP_INPUT
 from colab_qlora.layers.scratch import Scratch
+from colab_qlora.models.documents import documents_of, is_stand_in
 
 ATTRIBUTE = "colab_qlora_fused"
-
-
-@dataclass(frozen=True, eq=False)
-class Documents:
-    """Documents packed into one batch, one after the other over its rows.
-
-    Attributes:
-        bounds: (first token, one past the last) of each.
-        cu_seqlens: int32 (documents + 1,), the same on the batch's device.
-        longest: tokens of the longest.
-    """
-
-    bounds: tuple[tuple[int, int], ...]
-    cu_seqlens: torch.Tensor
-    longest: int
-
-    def mask(self, batch: int, length: int, window: int | None) -> torch.Tensor:
-        """bool (batch, 1, length, length) for code that knows masks only; True where visible."""
-        device = self.cu_seqlens.device
-        place = torch.arange(batch * length, dtype=torch.int32, device=device)
-        number = torch.searchsorted(self.cu_seqlens, place, right=True).view(batch, length)
-        order = place[:length]
-        seen = (number[:, :, None] == number[:, None, :]) & (order[:, None] >= order)
-        if window is not None:
-            seen &= order[:, None] - order < window
-        return seen[:, None]
 
 
 @dataclass(eq=False)
@@ -50,7 +25,7 @@ class FusedState:
         mlp_tokens: token chunk of the MLP half, or None for the whole batch.
         max_weight_bytes: decode at most this much of a group of weights at a time.
         holds_gate_up: decode gate and up once per backward pass, at the price of their buffer.
-        documents: the packed documents of the present batch, or None.
+        last_shape: what the attention of the present batch is computed over.
         stock_passes: reasons why layers ran the model's own code, and how often.
     """
 
@@ -59,10 +34,10 @@ class FusedState:
     mlp_tokens: int | None = None
     max_weight_bytes: int | None = None
     holds_gate_up: bool = True
-    documents: Documents | None = None
     stock_passes: dict[str, int] = field(default_factory=dict)
     _shape_key: Any = None
-    _shape: AttentionShape | None = None
+    last_shape: AttentionShape | None = None
+    _mask: torch.Tensor | None = None
 
     def __getstate__(self) -> dict[str, Any]:
         """All but what belongs to the present batch."""
@@ -82,15 +57,15 @@ class FusedState:
         window: int | None,
     ) -> AttentionShape:
         """The shape of this batch; one object for all layers of a pass, which share its masks."""
-        key = (lead, heads, scale, id(mask), window)
-        if self._shape is None or self._shape_key != key:
-            self._shape = self._new_shape(lead, heads, scale, mask, window)
-            self._shape_key = key
-        return self._shape
+        key = (lead, heads, scale, window)
+        if self.last_shape is None or self._shape_key != key or self._mask is not mask:
+            self.last_shape = self._new_shape(lead, heads, scale, mask, window)
+            self._shape_key, self._mask = key, mask
+        return self.last_shape
 
     def new_batch(self) -> None:
-        """Forget the last batch's shape: an id of its mask may come again."""
-        self._shape, self._shape_key, self.documents = None, None, None
+        """Let the last batch's shape and masks go."""
+        self.last_shape, self._shape_key, self._mask = None, None, None
 
     def _new_shape(
         self,
@@ -101,17 +76,20 @@ class FusedState:
         window: int | None,
     ) -> AttentionShape:
         batch, length = lead
-        if self.documents is not None:
+        documents = documents_of(mask)
+        if documents is not None:
             return AttentionShape(
                 batch,
                 length,
                 *heads,
                 scale,
                 window=window,
-                cu_seqlens=self.documents.cu_seqlens,
-                documents=self.documents.bounds,
-                max_seqlen=self.documents.longest,
+                cu_seqlens=documents.cu_seqlens,
+                documents=documents.bounds,
+                max_seqlen=documents.longest,
             )
+        if is_stand_in(mask):
+            mask = None
         if mask is not None:
             mask = mask.expand(batch, mask.shape[1], length, length)
         return AttentionShape(batch, length, *heads, scale, mask=mask, window=window)

@@ -13,7 +13,7 @@ import torch
 import transformers
 import trl
 
-from colab_qlora.models.fuse import causal_model
+from colab_qlora.models.fuse import causal_model, state_of
 from colab_qlora.models.fused_head import is_fused_head
 from colab_qlora.training.optimizer import FlatAdamW
 from colab_qlora.training.optimizer_choice import flat_adamw_for
@@ -50,6 +50,7 @@ class FusedTrainer(trl.SFTTrainer):
             num_items_in_batch=num_items_in_batch,
         )
         if training:
+            self._say_what_is_not_fused()
             self._total_train_tokens += _tokens(inputs)
         self._metrics["train" if training else "eval"]["num_tokens"] = [self._total_train_tokens]
         return found
@@ -74,6 +75,14 @@ class FusedTrainer(trl.SFTTrainer):
             return super()._clip_grad_norm(model)
         self.accelerator.unscale_gradients()
         return optimizer.clip_grad_norm_(self.args.max_grad_norm)
+
+    def _say_what_is_not_fused(self) -> None:
+        """Once: layers that were swapped, and took the model's own code all the same."""
+        state = state_of(self.model)
+        for reason in state.stock_passes if state else ():
+            line = f"decoder layers run the model's own code: {reason}; see describe(model)"
+            if line not in self.notes:
+                self._say(line)
 
     def _model_computes_loss(self) -> bool:
         return (

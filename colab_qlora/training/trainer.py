@@ -19,6 +19,7 @@ from transformers.trainer_utils import TrainOutput
 from transformers.utils.notebook import NotebookProgressCallback
 
 from colab_qlora.errors import UserError
+from colab_qlora.models.fuse import state_of
 from colab_qlora.training.adapter_dtype import adapters_kept, adapters_to_float32
 from colab_qlora.training.arguments import TRAINER_ARGUMENTS, fit_arguments
 from colab_qlora.training.callbacks import LossLogCallback, ProgressLines
@@ -196,6 +197,9 @@ class SFTTrainer(FusedTrainer):
 
     def _stop_out_of_memory(self, error: BaseException) -> NoReturn:
         self.model.zero_grad(set_to_none=True)  # type: ignore[union-attr]
+        state = state_of(self.model)
+        if state is not None:
+            state.scratch.free()  # as large as the batch that did not fit
         if torch.cuda.is_available():
             torch.cuda.empty_cache()
         args: Any = self.args

@@ -19,7 +19,7 @@ from peft import LoraConfig
 from colab_qlora.layers.linear import read_linear
 from colab_qlora.layers.saved import KEEP_ALL, KEEP_INPUT
 from colab_qlora.models.describe import describe
-from colab_qlora.models.fuse import fuse, restore
+from colab_qlora.models.fuse import fuse, restore, state_of
 
 
 def check(model: Any, inputs: dict[str, Any]) -> None:
@@ -139,7 +139,7 @@ def test_adapters_are_switched_disabled_and_merged_by_peft() -> None:
     second = LoraConfig(r=2, target_modules=["q_proj", "down_proj"], init_lora_weights=False)
     model.add_adapter("second", second)
     model.double()
-    state = fuse(model)
+    fuse(model)
 
     def compare() -> float:
         loss, gradients = loss_and_gradients(model, inputs)
@@ -156,18 +156,29 @@ def test_adapters_are_switched_disabled_and_merged_by_peft() -> None:
     model.base_model.set_adapter(["default", "second"])
     both = compare()
     assert len({one, two, both}) == 3
-    with model.disable_adapter(), torch.no_grad():
-        without = float(model(**inputs).loss)
-    assert without not in (one, two, both)
     model.base_model.set_adapter("default")
     model.eval()
-    with torch.no_grad():
-        before = float(model(**inputs).loss)
-        model.merge_adapter()
-        merged = float(model(**inputs).loss)
-        model.unmerge_adapter()
-    assert merged == pytest.approx(before, rel=1e-9)
+
+    def evaluated() -> float:
+        with torch.no_grad():
+            return float(model(**inputs, use_cache=False, skip_logits=True).loss)
+
+    with model.disable_adapter():
+        without = evaluated()
+    before = evaluated()
+    model.merge_adapter()
+    merged = evaluated()
+    model.unmerge_adapter()
+    state = state_of(model)
+    assert state is not None
     assert not state.stock_passes
+    restore(model)
+    with model.disable_adapter():
+        assert without == pytest.approx(evaluated(), rel=1e-6)
+    assert before == pytest.approx(evaluated(), rel=1e-6)
+    assert before == pytest.approx(one, rel=1e-6)
+    assert merged == pytest.approx(before, rel=1e-9)
+    assert without not in (one, two, both)
 
 
 @pytest.mark.parametrize("where", ["mlp_half.glu_forward", "mlp_half.glu_backward"])

@@ -52,7 +52,7 @@ def test_names_stay_and_restore_gives_everything_back(adapted: Any, ids: Any) ->
     assert restore(adapted) is adapted
     assert names(adapted) == fused
     assert not fused_layers(adapted)
-    assert all(type(m).__module__.split(".")[0] != "colab_qlora" for m in adapted.modules())
+    assert not [m for m in adapted.modules() if "colab_qlora" in type(m).forward.__module__]
     changed = {n for n, m in adapted.named_modules() if type(m) is not classes[n]}
     assert {n.rsplit(".", 1)[-1] for n in changed} == {"0", "1", "norm", "model"}
     assert not any(m._forward_pre_hooks for m in adapted.modules())
@@ -167,9 +167,9 @@ def test_checkpointing_keeps_the_layer_inputs_only(adapted: Any, ids: Any) -> No
         if parameter.grad is not None:
             error = (parameter.grad - first[name]).norm() / first[name].norm()
             assert float(error) < 1e-5, name
-    # h0, q, k, v, o, lse, h1, gate, up, rstd and the rank-4 products, in float32
+    # h0, q, k, v, o, lse, h1, gate, up and the rank-4 products, in float32
     heads, width, inner, ranks = 64 + 2 * 32, 64, 128, 7 * 4
-    per_token = 4 * (3 * width + heads + 4 + 2 * inner + 2 + ranks)
+    per_token = 4 * (3 * width + heads + 4 + 2 * inner + ranks)
     assert everything == ids.numel() * per_token
 
 

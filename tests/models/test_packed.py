@@ -57,17 +57,18 @@ def test_packed_is_the_sum_of_the_documents(model: Any) -> None:
     inputs = packed()
     loss, together = gradients(model, inputs)
     state = state_of(model)
-    assert state is not None and state.documents is not None
-    assert state.documents.bounds == ((0, 5), (5, 6), (6, 15), (15, 18))
+    assert state is not None
+    bounds = state.last_shape.documents
+    assert bounds == ((0, 5), (5, 6), (6, 15), (15, 18))
     assert not state.stock_passes
     losses, summed = [], {name: torch.zeros_like(g) for name, g in together.items()}
-    for start, end in state.documents.bounds:
+    for start, end in bounds:
         ids = inputs["input_ids"][:, start:end]
         one, found = gradients(model, {"input_ids": ids, "labels": ids})
         losses.append(one)
         for name, gradient in found.items():
             summed[name] += gradient
-    assert state.documents is None
+    assert state.last_shape.documents is None
     assert loss == pytest.approx(sum(losses), rel=1e-6)
     assert_close(together, summed)
 
@@ -92,7 +93,7 @@ def test_plain_positions_are_no_documents(model: Any) -> None:
     positions = torch.arange(ids.shape[1], device=DEVICE)[None]
     model(input_ids=ids, position_ids=positions, labels=ids)
     state = state_of(model)
-    assert state is not None and state.documents is None
+    assert state is not None and state.last_shape.documents is None
 
 
 def test_a_sequence_beyond_the_models_positions_is_refused(model: Any) -> None:
