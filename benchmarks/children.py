@@ -39,8 +39,7 @@ def run_child(
     """Run `python -m module arguments`, in an empty folder, since some peers write files.
 
     Args:
-        module: a module that calls `emit`.
-        arguments: of its command line.
+        module, arguments: the module calls `emit`.
         timeout_s: after so many seconds it is stopped.
         on_row: called with each row as soon as it is there.
 
@@ -50,36 +49,36 @@ def run_child(
     rows: list[dict[str, Any]] = []
     others: list[str] = []
     was_stopped = threading.Event()
-    path = os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")]))
-    with (
-        tempfile.TemporaryDirectory() as folder,
-        subprocess.Popen(
-            [sys.executable, "-m", module, *arguments],
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
-            text=True,
-            errors="replace",
-            cwd=folder,
-            env={**OFFLINE, **os.environ, "PYTHONPATH": path},
-        ) as child,
-    ):
+    with tempfile.TemporaryDirectory() as folder:
+        child = _start([sys.executable, "-m", module, *arguments], folder)
         alarm = threading.Timer(timeout_s, lambda: (was_stopped.set(), child.kill()))
         alarm.start()
-        try:
-            assert child.stdout is not None
-            for line in child.stdout:
-                if line.startswith(_MARK):
-                    rows.append(json.loads(line.removeprefix(_MARK)))
-                    on_row(rows[-1])
-                else:
-                    others.append(line.rstrip())
-            code = child.wait()
-        finally:
-            alarm.cancel()
-            child.kill()
+        with child:
+            try:
+                for line in child.stdout or ():
+                    if line.startswith(_MARK):
+                        rows.append(json.loads(line.removeprefix(_MARK)))
+                        on_row(rows[-1])
+                    else:
+                        others.append(line.rstrip())
+                code = child.wait()
+            finally:
+                alarm.cancel()
+                child.kill()
     if code == 0:
         return rows, ""
-    reason = f"exit status {code}"
-    if was_stopped.is_set():
-        reason = f"stopped after {timeout_s:.0f} s"
+    reason = f"stopped after {timeout_s:.0f} s" if was_stopped.is_set() else f"exit status {code}"
     return rows, "\n".join([reason, *others[-_LINES_OF_A_FAILURE:]])
+
+
+def _start(command: list[str], folder: str) -> subprocess.Popen[str]:
+    path = os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")]))
+    return subprocess.Popen(
+        command,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        errors="replace",
+        cwd=folder,
+        env={**OFFLINE, **os.environ, "PYTHONPATH": path},
+    )

@@ -17,6 +17,7 @@ from benchmarks.gpu_timing import Timer
 
 Tensors = dict[str, Any]
 Call = Callable[[], Sequence[Tensor]]
+Build = Callable[[Tensors], Call]
 
 
 @dataclass(frozen=True)
@@ -37,7 +38,7 @@ class Case:
     op: str
     size: str
     make: Callable[[torch.device, torch.dtype], Tensors]
-    sides: dict[str, Callable[[Tensors], Call]]
+    sides: dict[str, Build]
     truth: Callable[[Tensors], Sequence[Tensor]] | None = None
     bytes_moved: int = 0
     operations: int = 0
@@ -99,7 +100,7 @@ def largest_error(got: Sequence[Tensor], truth: Sequence[Tensor]) -> float:
 
 
 def _measure_side(
-    build: Callable[[Tensors], Call],
+    build: Build,
     tensors: Tensors,
     truth: Sequence[Tensor] | None,
     timer: Timer,

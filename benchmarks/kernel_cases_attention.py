@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from benchmarks.kernel_case import Call, Case, Tensors, gradients, randoms
+from benchmarks.kernel_case import Build, Call, Case, Tensors, gradients, randoms
 from colab_qlora.kernels.attention import (
     AttentionShape,
     attention_backward,
@@ -29,6 +29,8 @@ DENSE = ((2, 2048), (1, 8192))
 DOCUMENTS = (2601, 1733, 1201, 977, 701, 499, 307, 173)  # 8192 tokens
 DENSE_DRY = ((2, 16),)
 DOCUMENTS_DRY = (20, 14, 10, 8, 5, 4, 2, 1)
+
+Attend = Callable[[Tensor, Tensor, Tensor, AttentionShape], Tensor]
 
 
 def cases(device: torch.device, dtype: torch.dtype, *, is_dry: bool) -> list[Case]:
@@ -104,14 +106,15 @@ def _chosen(shape: AttentionShape) -> Callable[[Tensors], str]:
 
 
 def _forward(shape: AttentionShape, names: Sequence[str]) -> Case:
-    def ours(name: str | None) -> Call:
+    def ours(name: str | None) -> Build:
         def build(t: Tensors) -> Call:
             return lambda: attention_forward(t["q"], t["k"], t["v"], shape, backend=name)[:1]
 
         return build
 
     text, pairs = _sizes(shape)
-    sides = {"ours": ours(None), "torch": lambda t: lambda: [_torch(t["q"], t["k"], t["v"], shape)]}
+    sides: dict[str, Build] = {"ours": ours(None)}
+    sides["torch"] = lambda t: lambda: [_torch(t["q"], t["k"], t["v"], shape)]
     if shape.packed:
         sides["F.sdpa by document"] = lambda t: (
             lambda: [_torch_by_document(t["q"], t["k"], t["v"], shape)]
@@ -128,7 +131,7 @@ def _forward(shape: AttentionShape, names: Sequence[str]) -> Case:
 
 
 def _backward(shape: AttentionShape, names: Sequence[str]) -> Case:
-    def ours(name: str | None) -> Call:
+    def ours(name: str | None) -> Build:
         def build(t: Tensors) -> Call:
             inputs = (t["q"], t["k"], t["v"])
             o, lse = attention_forward(*inputs, shape, backend=name)
@@ -136,7 +139,7 @@ def _backward(shape: AttentionShape, names: Sequence[str]) -> Case:
 
         return build
 
-    def by_autograd(attend) -> Call:
+    def by_autograd(attend: Attend) -> Build:
         def build(t: Tensors) -> Call:
             inputs = [t[name].requires_grad_(True) for name in ("q", "k", "v")]
             return gradients([attend(*inputs, shape)], inputs, [t["do"]])
@@ -175,9 +178,9 @@ def _torch(q: Tensor, k: Tensor, v: Tensor, shape: AttentionShape) -> Tensor:
 def _torch_by_document(q: Tensor, k: Tensor, v: Tensor, shape: AttentionShape) -> Tensor:
     found = []
     for start, end in _documents(shape):
-        parts = (x[start:end].transpose(0, 1)[None] for x in (q, k, v))
+        parts = [x[start:end].transpose(0, 1)[None] for x in (q, k, v)]
         o = functional.scaled_dot_product_attention(
-            *parts, is_causal=True, scale=shape.scale, enable_gqa=True
+            parts[0], parts[1], parts[2], is_causal=True, scale=shape.scale, enable_gqa=True
         )
         found.append(o[0].transpose(0, 1))
     return torch.cat(found)

@@ -115,11 +115,19 @@ def _measure_side(
 
 
 def _all_cases(device: Any, dtype: Any, *, is_dry: bool) -> list[Any]:
-    from benchmarks import kernel_cases_attention, kernel_cases_matrix, kernel_cases_rows
+    from benchmarks import (
+        kernel_cases_attention,
+        kernel_cases_head,
+        kernel_cases_norm,
+        kernel_cases_rows,
+        kernel_cases_weights,
+    )
 
     return [
+        *kernel_cases_norm.cases(is_dry=is_dry),
         *kernel_cases_rows.cases(is_dry=is_dry),
-        *kernel_cases_matrix.cases(is_dry=is_dry),
+        *kernel_cases_weights.cases(is_dry=is_dry),
+        *kernel_cases_head.cases(is_dry=is_dry),
         *kernel_cases_attention.cases(device, dtype, is_dry=is_dry),
     ]
 

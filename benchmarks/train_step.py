@@ -135,7 +135,10 @@ def _measure(options: argparse.Namespace, name: str, take: Any) -> None:
 
     if options.t4:
         imitate_t4()
-    shapes = [tuple(int(n) for n in shape.split("x")) for shape in options.shapes.split(",")]
+    shapes = []
+    for shape in options.shapes.split(","):
+        batch, length = (int(number) for number in shape.split("x"))
+        shapes.append((batch, length))
     is_ours = name.startswith("ours")
     request = Request(
         folder=options.model,

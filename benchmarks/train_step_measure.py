@@ -59,6 +59,26 @@ def measure_implementation(
         shows_kernels: put the GPU's longest kernels into the rows.
     """
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    model, optimizer, about = _load(name, request, optimizer_name, device)
+    is_profiled = False
+    for batch, length in shapes:
+        row = {**about, "shape": f"{batch}x{length}"}
+        step = _make_step(model, optimizer, (batch, length), device)
+        found = _time_unless_full(step, steps, batch * length, device)
+        row |= found or {}
+        # as many launches for every shape, and a profile of 8B takes seconds to read
+        if found and (shows_kernels or not is_profiled):
+            row |= _look_inside(step, model, device, shows_kernels)
+            is_profiled = True
+        take(row | {"out_of_memory": found is None, "stock_passes": _stock_passes(model)})
+        optimizer.zero_grad(set_to_none=True)
+        _free(model, device)
+
+
+def _load(
+    name: str, request: Request, optimizer_name: str, device: torch.device
+) -> tuple[Any, torch.optim.Optimizer, dict[str, Any]]:
+    """Model, optimiser, and what all rows of an implementation have in common."""
     began = time.perf_counter()
     if name.startswith("unsloth"):
         import unsloth  # noqa: F401  # it wants to be imported before transformers
@@ -73,20 +93,7 @@ def measure_implementation(
         "load_s": time.perf_counter() - began,
         "base_gib": _gib(torch.cuda.memory_allocated()) if device.type == "cuda" else None,
     }
-    is_profiled = False
-    for batch, length in shapes:
-        row = {**about, "shape": f"{batch}x{length}"}
-        step = _make_step(model, optimizer, (batch, length), device)
-        found = _time_unless_full(step, steps, batch * length, device)
-        if found is not None:
-            row |= found
-        # as many launches for every shape, and a profile of 8B takes seconds to read
-        if found is not None and (shows_kernels or not is_profiled):
-            row |= _look_inside(step, model, device, shows_kernels)
-            is_profiled = True
-        take(row | {"out_of_memory": found is None, "stock_passes": _stock_passes(model)})
-        optimizer.zero_grad(set_to_none=True)
-        _free(model, device)
+    return model, optimizer, about
 
 
 def _make_step(

@@ -63,7 +63,7 @@ def test_every_op_is_timed_and_compared(results: dict[str, Any]) -> None:
             for more in ("", " + residual")
         ),
         *("swiglu forward", "swiglu backward", "swiglu backward + product", "rope"),
-        *("nf4 decode", "linear_cross_entropy forward + backward"),
+        *("nf4 decode", "lora borders", "linear_cross_entropy"),
         *("attention forward", "attention backward"),
     }
     for row in result["rows"]:
