@@ -50,7 +50,8 @@ def _forward(
     assert state is not None
     reason = _why_stock(self, hidden_states, attention_mask, past_key_values, kwargs)
     if reason:
-        state.stock_passes[reason] = state.stock_passes.get(reason, 0) + 1
+        if past_key_values is None:  # generation is meant to take the model's own code
+            state.stock_passes[reason] = state.stock_passes.get(reason, 0) + 1
         return _stock_forward(
             self,
             hidden_states,

@@ -26,7 +26,8 @@ class FusedState:
         max_weight_bytes: decode at most this much of a group of weights at a time.
         holds_gate_up: decode gate and up once per backward pass, at the price of their buffer.
         last_shape: what the attention of the present batch is computed over.
-        stock_passes: reasons why layers ran the model's own code, and how often.
+        stock_passes: reasons why layers ran the model's own code, and how often; generation with a
+            key-value cache does not count.
     """
 
     scratch: Scratch = field(default_factory=Scratch)

@@ -100,6 +100,9 @@ def test_generation_is_the_models_own(adapted: Any, ids: Any) -> None:
     FastLanguageModel.for_inference(adapted)
     options = {"max_new_tokens": 8, "do_sample": False, "attention_mask": torch.ones_like(ids)}
     fused = adapted.generate(input_ids=ids, **options)
+    state = state_of(adapted)
+    assert state is not None
+    assert not state.stock_passes
     restore(adapted)
     assert torch.equal(adapted.generate(input_ids=ids, **options), fused)
 
