@@ -42,7 +42,7 @@ class FusedState:
 
     def __getstate__(self) -> dict[str, Any]:
         """All but what belongs to the present batch."""
-        return {**vars(self), "documents": None, "_shape": None, "_shape_key": None}
+        return {**vars(self), "last_shape": None, "_shape_key": None, "_mask": None}
 
     def plan_for(self, layer: Any) -> frozenset[str]:
         if self.plan is not None:

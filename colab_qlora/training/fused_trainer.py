@@ -64,7 +64,7 @@ class FusedTrainer(trl.SFTTrainer):
     def create_optimizer(self, model: Any = None) -> torch.optim.Optimizer:
         """As transformers, with a note if it is `FlatAdamW`."""
         optimizer = super().create_optimizer(model)
-        note = "all LoRA matrices are updated together, in one launch a step (FlatAdamW)"
+        note = "all LoRA matrices are updated together (FlatAdamW)"
         if isinstance(optimizer, FlatAdamW) and note not in self.notes:
             self._say(note)
         return optimizer

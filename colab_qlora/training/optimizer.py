@@ -270,7 +270,7 @@ class FlatAdamW(torch.optim.Optimizer):
 
 
 def _norm(gradient: Tensor) -> Tensor:
-    # in two levels: one float32 sum over 42 M numbers is 0.3 % too small on the CPU
+    # in two levels: one float32 sum over millions of squares loses the small ones on the CPU
     dtype = torch.promote_types(gradient.dtype, torch.float32)
     rows = torch.linalg.vector_norm(gradient.view(-1, ALIGNMENT), dim=1, dtype=dtype)
     return torch.linalg.vector_norm(rows)

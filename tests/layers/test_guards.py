@@ -187,16 +187,19 @@ def test_spare_columns_without_an_adapter_change_nothing(
 ) -> None:
     """As on a GPU, where borders are 64 wide; new memory is NaN, so that nothing unset is used."""
     monkeypatch.setitem(linear_group.PADDING, DEVICE, 64)
-    stock = torch.empty
 
-    def poisoned(*args: Any, **kwargs: Any) -> torch.Tensor:
-        made = stock(*args, **kwargs)
-        return made.fill_(float("nan")) if made.is_floating_point() else made
+    def poisoned(stock: Any) -> Any:
+        def make(*args: Any, **kwargs: Any) -> torch.Tensor:
+            made = stock(*args, **kwargs)
+            return made.fill_(float("nan")) if made.is_floating_point() else made
+
+        return make
 
     model, inputs = tiny_model(family), batch("right")
     _, expected = true_loss_and_gradients(model, inputs)
     state = fuse(model)
-    monkeypatch.setattr(torch, "empty", poisoned)
+    for owner, name in ((torch, "empty"), (torch, "empty_like"), (torch.Tensor, "new_empty")):
+        monkeypatch.setattr(owner, name, poisoned(getattr(owner, name)))
     for state.mlp_tokens in (None, 5):
         for plan in (None, checked_plan({"q", "gate", "xa_down"}), checked_plan({"h1", "lse"})):
             state.plan = plan

@@ -222,6 +222,10 @@ def test_a_whole_model_is_saved_and_loaded(
     torch.save(adapted, tmp_path / "model.pt")
     again = torch.load(tmp_path / "model.pt", weights_only=False)
     assert _scratch_bytes(again) == 0
+    ours, loaded = state_of(adapted), state_of(again)
+    assert ours is not None and loaded is not None
+    assert ours.last_shape is not None
+    assert loaded.last_shape is None  # a batch's masks are not part of a model
     assert names(again) == names(adapted)
     assert [type(m) for m in again.modules()] == [type(m) for m in adapted.modules()]
     again_loss, again_gradients = _loss_and_gradients(again, ids)

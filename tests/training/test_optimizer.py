@@ -404,7 +404,6 @@ def test_every_way_of_zeroing(how: str) -> None:
                 model(batch).square().mean().backward()
         if how == "attach":
             gradient = flats_of(optimizer)[0].gradient
-            assert all(p.grad.data_ptr() != 0 for p in ours.parameters())
             assert all(
                 p.grad.untyped_storage().data_ptr() == gradient.untyped_storage().data_ptr()
                 for p in ours.parameters()
