@@ -25,9 +25,9 @@ Capability = tuple[int, int]
 DENSE_ORDER = ("flash", "cudnn", "efficient", "math")
 _CUDNN_FIRST = ("cudnn", "flash", "efficient", "math")
 DENSE_ORDER_OF_MAJOR = {9: _CUDNN_FIRST, 10: _CUDNN_FIRST}
-# Packed, by reasoning and not by timing: the Triton kernel writes into the caller's buffers and sums
-# the gradients of a shared head without expanding them; below sm_80 one launch comes before one a
-# document.
+# Packed, by reasoning and not by timing: the Triton kernel writes into the caller's buffers and
+# sums the gradients of a shared head without expanding them; below sm_80 one launch comes before
+# one a document.
 PACKED_ORDER = ("triton", "flash_varlen", "efficient_varlen", "efficient", "math")
 CPU_ORDER = ("cpu_flash", "math")
 
