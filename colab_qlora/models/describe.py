@@ -10,6 +10,7 @@ from colab_qlora.models.architectures import layer_linears, why_not_fusable, why
 from colab_qlora.models.fuse import causal_model, state_of
 from colab_qlora.models.fused_head import is_fused_head, why_head_not_fusable
 from colab_qlora.models.fused_layer import is_fused
+from colab_qlora.models.fused_norm import is_fused_norm
 
 
 @dataclass(frozen=True)
@@ -71,6 +72,11 @@ def describe(model: Any) -> Description:
         for line in _layer_lines(layer):
             lines[line] += 1
     swaps = [Swap(name, count, *rest) for (name, *rest), count in lines.items()]
+    norms = Counter(type(m).__name__ for m in causal.modules() if is_fused_norm(m))
+    swaps += [
+        Swap("norms", count, kind, "fused norm", "one kernel forward, one backward")
+        for kind, count in norms.items()
+    ]
     swaps.append(_head_line(causal))
     return Description(tuple(swaps), dict(state.stock_passes) if state else {})
 

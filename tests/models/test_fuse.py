@@ -277,6 +277,8 @@ def test_a_family_without_fused_layers_gets_norms_and_loss(ids: Any) -> None:
     assert "Phi3DecoderLayer  its own code" in words
     assert "Phi3DecoderLayer is none of LlamaDecoderLayer" in words
     assert "labelled rows only" in words
+    # two in each layer, and the last one
+    assert [s.count for s in describe(model).swaps if s.now == "fused norm"] == [5]
     loss = model(input_ids=ids, labels=ids).loss
     assert float(loss.detach()) == pytest.approx(float(stock.detach()), rel=1e-5)
     again = pickle.loads(pickle.dumps(model))
