@@ -25,12 +25,12 @@ Norm = Callable[[Tensor, Tensor], Tensor]
 
 def cases(*, is_dry: bool) -> list[Case]:
     """All of this file."""
-    return [
-        make(size, has_residual)
-        for size in (SIZES_DRY if is_dry else SIZES)
-        for has_residual in (False, True)
-        for make in (_forward, _backward)
-    ]
+    found = []
+    for size in SIZES_DRY if is_dry else SIZES:
+        for has_residual in (False, True):
+            found += [_forward(size, has_residual), _backward(size, has_residual)]
+        found.append(_backward_and_output(size))
+    return found
 
 
 def _stock(x: Tensor, weight: Tensor) -> Tensor:
@@ -169,4 +169,51 @@ def _backward(size: tuple[int, int], has_residual: bool) -> Case:
         sides=sides,
         truth=_true_backward,
         bytes_moved=rows * ((8 if has_residual else 6) * width + 4),
+    )
+
+
+def _ours_with_output(t: Tensors) -> Call:
+    _, rstd, h = rms_norm_forward(t["x"], t["weight"], EPS)
+    normed = torch.empty_like(h)
+
+    def call() -> list[Tensor]:
+        given = (t["dy"], h, t["weight"], rstd)
+        dx, _ = rms_norm_backward(*given, residual_grad=t["residual_grad"], normed=normed)
+        return [dx, normed]
+
+    return call
+
+
+def _then_forward(backward: Build, norm: Norm) -> Build:
+    """The norm once more, in a pass of its own."""
+
+    def build(t: Tensors) -> Call:
+        call = backward(t)
+        # one of them may have asked for gradients
+        x = t["x"].detach()
+        return lambda: [*call(), norm(x, t["weight"])]
+
+    return build
+
+
+def _backward_and_output(size: tuple[int, int]) -> Case:
+    rows, width = size
+
+    def ours_forward(x: Tensor, weight: Tensor) -> Tensor:
+        return rms_norm_forward(x, weight, EPS)[0]
+
+    def truth(t: Tensors) -> list[Tensor]:
+        return [*_true_backward(t), _true_norm(t["x"].double(), t["weight"].double())]
+
+    return Case(
+        op="rms_norm backward + residual + output",
+        size=f"{rows}x{width}",
+        make=_inputs(size, "dy", "residual_grad"),
+        sides={
+            "ours": _ours_with_output,
+            "torch": _then_forward(_by_autograd(_stock), _stock),
+            "ours one by one": _then_forward(_ours_backward, ours_forward),
+        },
+        truth=truth,
+        bytes_moved=rows * (10 * width + 4),
     )

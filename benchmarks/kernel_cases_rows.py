@@ -1,4 +1,4 @@
-"""The gated linear unit and the rotation, as cases.
+"""The gated linear unit and the rotation, there and back, as cases.
 
 "torch" is what transformers computes, in its roundings. Peers are called by their public functions
 alone. Where a peer's op does less or more than ours (work in place, say), a comment says so.
@@ -13,6 +13,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from benchmarks.kernel_case import Build, Call, Case, Tensors, differentiable, gradients, randoms
+from colab_qlora.kernels.qkv_gradients import place_qkv_gradients
 from colab_qlora.kernels.rope import rope_
 from colab_qlora.kernels.swiglu import glu_backward, glu_forward
 
@@ -22,6 +23,8 @@ SIZES_DRY = ((8, 32),)
 ROPE_SIZES = ((4096, 32, 8, 128), (8192, 32, 8, 128))
 ROPE_SIZES_DRY = ((8, 4, 2, 16),)
 ROPE_BASE = 500_000.0
+# columns beside the gradients of q, k and v, for products with LoRA's B
+SPARE = 64
 
 
 def cases(*, is_dry: bool) -> list[Case]:
@@ -29,7 +32,9 @@ def cases(*, is_dry: bool) -> list[Case]:
     found = []
     for size in SIZES_DRY if is_dry else SIZES:
         found += [_glu_forward(size), _glu_backward(size), _glu_backward_and_product(size)]
-    return found + [_rope(*size) for size in (ROPE_SIZES_DRY if is_dry else ROPE_SIZES)]
+    for heads in ROPE_SIZES_DRY if is_dry else ROPE_SIZES:
+        found += [_rope(*heads), _qkv_gradients(*heads)]
+    return found
 
 
 def _glu_inputs(size: tuple[int, int], *names: str):
@@ -192,4 +197,70 @@ def _rope(tokens: int, q_heads: int, kv_heads: int, head_dim: int) -> Case:
         },
         truth=_true_rope,
         bytes_moved=tokens * 4 * head_dim * (q_heads + kv_heads + 1),
+    )
+
+
+Place = Callable[[Tensors, list[Tensor]], object]
+
+
+def _ours_place(t: Tensors, outs: list[Tensor]) -> None:
+    place_qkv_gradients(t["dq"], t["dk"], t["dv"], t["cos"], t["sin"], *outs)
+
+
+def _place_one_by_one(t: Tensors, outs: list[Tensor]) -> None:
+    for name, out in zip(("dq", "dk", "dv"), outs, strict=True):
+        out.copy_(t[name])
+    rope_(outs[0], outs[1], t["cos"], t["sin"], inverse=True)
+
+
+def _stock_place(t: Tensors, outs: list[Tensor]) -> None:
+    cos, sin = (t[name].to(t["dq"].dtype)[:, None] for name in ("cos", "sin"))
+    outs[0].copy_(_turned(t["dq"], cos, -sin))
+    outs[1].copy_(_turned(t["dk"], cos, -sin))
+    outs[2].copy_(t["dv"])
+
+
+def _true_qkv_gradients(t: Tensors) -> list[Tensor]:
+    cos, sin = (t[name].double()[:, None] for name in ("cos", "sin"))
+    turned = [_turned(t[name].double(), cos, -sin) for name in ("dq", "dk")]
+    return [*turned, t["dv"].double()]
+
+
+def _qkv_gradients(tokens: int, q_heads: int, kv_heads: int, head_dim: int) -> Case:
+    heads = (q_heads, kv_heads, kv_heads)
+    widths = [count * head_dim for count in heads]
+
+    def make(device: torch.device, dtype: torch.dtype) -> Tensors:
+        shapes = {
+            name: (tokens, count, head_dim)
+            for name, count in zip(("dq", "dk", "dv"), heads, strict=True)
+        }
+        cos, sin = _tables(tokens, head_dim, device)
+        wide = torch.zeros(tokens, sum(widths) + SPARE, dtype=dtype, device=device)
+        return randoms(device, dtype, **shapes) | {"cos": cos, "sin": sin, "wide": wide}
+
+    def places(place: Place) -> Build:
+        def build(t: Tensors) -> Call:
+            parts = t["wide"][:, : sum(widths)].split(widths, dim=1)
+            outs = [part.unflatten(1, (-1, head_dim)) for part in parts]
+
+            def call() -> list[Tensor]:
+                place(t, outs)
+                return outs
+
+            return call
+
+        return build
+
+    return Case(
+        op="qkv gradients",
+        size=f"{tokens}x{q_heads}+{kv_heads}+{kv_heads}x{head_dim}",
+        make=make,
+        sides={
+            "ours": places(_ours_place),
+            "torch": places(_stock_place),
+            "ours one by one": places(_place_one_by_one),
+        },
+        truth=_true_qkv_gradients,
+        bytes_moved=tokens * 4 * head_dim * (sum(heads) + 1),
     )

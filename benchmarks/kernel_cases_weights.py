@@ -9,8 +9,10 @@ import torch
 from torch import Tensor
 
 from benchmarks.kernel_case import Build, Call, Case, Tensors, randoms
+from colab_qlora.kernels.backend import runs_triton
 from colab_qlora.kernels.lora_borders import Border, lora_borders_, lora_borders_reference_
 from colab_qlora.kernels.nf4 import nf4_dequantize, nf4_state
+from colab_qlora.kernels.nf4_group import nf4_group_
 from colab_qlora.kernels.nf4_many import nf4_dequantize_many
 
 # gate and up of a Llama 3 8B layer, each
@@ -24,19 +26,14 @@ RANK, SPARE, SCALE = 16, 64, 2.0
 def cases(*, is_dry: bool) -> list[Case]:
     """All of this file."""
     qkv = (QKV_ROWS_DRY, QKV_WIDTH_DRY) if is_dry else (QKV_ROWS, QKV_WIDTH)
-    return [_nf4(NF4_SIZE_DRY if is_dry else NF4_SIZE), _borders(*qkv)]
+    size = NF4_SIZE_DRY if is_dry else NF4_SIZE
+    gate_up = ((size[0], size[0]), size[1])
+    return [_nf4(size), _borders(*qkv), _group(*qkv), _group(*gate_up)]
 
 
 def _nf4(size: tuple[int, int]) -> Case:
     def make(device: torch.device, dtype: torch.dtype) -> Tensors:
-        import bitsandbytes
-
-        found = randoms(device, dtype, gate=size, up=size)
-        for name, dense in found.items():
-            weight = bitsandbytes.nn.Params4bit(
-                dense, requires_grad=False, quant_type="nf4", compress_statistics=True
-            )
-            found[name] = weight.to(device)
+        found = _weights(device, dtype, gate=size, up=size)
         return found | {"out": torch.empty(2, *size, dtype=dtype, device=device)}
 
     def together(t: Tensors) -> Call:
@@ -57,9 +54,25 @@ def _nf4(size: tuple[int, int]) -> Case:
             "unsloth": _one_by_one(_unsloth_decode),
         },
         truth=lambda t: [_true_weight(t["gate"]), _true_weight(t["up"])],
-        # half a byte of code, a byte of absmax a block of 64, two bytes out
-        bytes_moved=int(2 * size[0] * size[1] * (0.5 + 1 / 64 + 2)),
+        bytes_moved=_decoded_bytes(2 * size[0] * size[1]),
     )
+
+
+def _weights(device: torch.device, dtype: torch.dtype, **shapes: tuple[int, ...]) -> Tensors:
+    import bitsandbytes
+
+    found = randoms(device, dtype, **shapes)
+    for name, dense in found.items():
+        weight = bitsandbytes.nn.Params4bit(
+            dense, requires_grad=False, quant_type="nf4", compress_statistics=True
+        )
+        found[name] = weight.to(device)
+    return found
+
+
+def _decoded_bytes(weights: int) -> int:
+    # half a byte of code, a byte of absmax a block of 64, two bytes out
+    return int(weights * (0.5 + 1 / 64 + 2))
 
 
 def _one_by_one(decode: Callable[[Any], Tensor]) -> Build:
@@ -93,14 +106,8 @@ def _true_weight(weight: Any) -> Tensor:
 def _borders(rows: tuple[int, ...], width: int) -> Case:
     """q, k and v with an adapter each, side by side in the spare columns."""
     height = sum(rows)
-    shapes = {f"a{i}": (RANK, width) for i in range(len(rows))}
-    shapes |= {f"b{i}": (count, RANK) for i, count in enumerate(rows)}
 
-    def make(device: torch.device, dtype: torch.dtype) -> Tensors:
-        buffer = torch.zeros(height + SPARE, width + SPARE, dtype=dtype, device=device)
-        return randoms(device, torch.float32, **shapes) | {"buffer": buffer}
-
-    def writes(write: Callable[..., None]) -> Build:
+    def writes(write: Callable[..., object]) -> Build:
         def build(t: Tensors) -> Call:
             blocks = _blocks(t, rows)
 
@@ -112,22 +119,41 @@ def _borders(rows: tuple[int, ...], width: int) -> Case:
 
         return build
 
-    def truth(t: Tensors) -> list[Tensor]:
-        buffer = t["buffer"].double()
-        for first, column, a, b, scale, _ in _blocks(t, rows):
-            buffer[first : first + len(b), width + column : width + column + RANK] = b * scale
-            buffer[height + column : height + column + RANK, :width] = a
-        return [buffer]
-
-    adapters = sum(4 * first * second for first, second in shapes.values())
     return Case(
         op="lora borders",
         size=f"{height}+{SPARE} x {width}+{SPARE}",
-        make=make,
+        make=lambda device, dtype: _buffer_and_adapters(rows, width, device, dtype),
         sides={"ours": writes(lora_borders_), "torch": writes(lora_borders_reference_)},
-        truth=truth,
-        bytes_moved=2 * SPARE * (height + width) + adapters,
+        truth=lambda t: [_true_borders(t, rows, width)],
+        bytes_moved=_border_bytes(rows, width),
     )
+
+
+def _buffer_and_adapters(
+    rows: tuple[int, ...], width: int, device: torch.device, dtype: torch.dtype
+) -> Tensors:
+    buffer = torch.zeros(sum(rows) + SPARE, width + SPARE, dtype=dtype, device=device)
+    shapes = _adapter_shapes(rows, width)
+    return randoms(device, torch.float32, **shapes) | {"buffer": buffer}
+
+
+def _adapter_shapes(rows: tuple[int, ...], width: int) -> dict[str, tuple[int, int]]:
+    shapes = {f"a{i}": (RANK, width) for i in range(len(rows))}
+    return shapes | {f"b{i}": (count, RANK) for i, count in enumerate(rows)}
+
+
+def _border_bytes(rows: tuple[int, ...], width: int) -> int:
+    adapters = sum(4 * first * second for first, second in _adapter_shapes(rows, width).values())
+    return 2 * SPARE * (sum(rows) + width) + adapters
+
+
+def _true_borders(t: Tensors, rows: tuple[int, ...], width: int) -> Tensor:
+    """The buffer with its borders, and no weight in it."""
+    buffer, height = t["buffer"].double(), sum(rows)
+    for first, column, a, b, scale, *_ in _blocks(t, rows):
+        buffer[first : first + len(b), width + column : width + column + RANK] = b * scale
+        buffer[height + column : height + column + RANK, :width] = a
+    return buffer
 
 
 def _blocks(t: Tensors, rows: tuple[int, ...]) -> list[Border]:
@@ -135,3 +161,67 @@ def _blocks(t: Tensors, rows: tuple[int, ...]) -> list[Border]:
         Border(sum(rows[:i]), i * RANK, t[f"a{i}"], t[f"b{i}"], SCALE, True)
         for i in range(len(rows))
     ]
+
+
+Fill = Callable[[list[Any], list[Tensor], Tensor, int, int, list[Border]], None]
+
+
+def _group(rows: tuple[int, ...], width: int) -> Case:
+    """The weights of a fused GEMM, one above the other, and an adapter for each."""
+    height, names = sum(rows), [f"w{i}" for i in range(len(rows))]
+
+    def make(device: torch.device, dtype: torch.dtype) -> Tensors:
+        shapes = {name: (count, width) for name, count in zip(names, rows, strict=True)}
+        adapters = _buffer_and_adapters(rows, width, device, dtype)
+        return adapters | _weights(device, dtype, **shapes)
+
+    def fills(fill: Fill) -> Build:
+        def build(t: Tensors) -> Call:
+            weights, blocks = [t[name] for name in names], _blocks(t, rows)
+            outs = list(t["buffer"][:height, :width].split(rows))
+
+            def call() -> list[Tensor]:
+                fill(weights, outs, t["buffer"], height, width, blocks)
+                return [t["buffer"]]
+
+            return call
+
+        return build
+
+    def truth(t: Tensors) -> list[Tensor]:
+        buffer = _true_borders(t, rows, width)
+        buffer[:height, :width] = torch.cat([_true_weight(t[name]) for name in names])
+        return [buffer]
+
+    return Case(
+        op="nf4 decode + lora borders",
+        size=f"{'+'.join(map(str, rows))}+{SPARE} x {width}+{SPARE}",
+        make=make,
+        sides={
+            "ours": fills(_fill_together),
+            "ours one by one": fills(_fill_in_two),
+            "bitsandbytes + torch": fills(_fill_by_others),
+        },
+        truth=truth,
+        bytes_moved=_decoded_bytes(height * width) + _border_bytes(rows, width),
+        notes=lambda t: "" if runs_triton(t["buffer"]) else "ours is one by one",
+    )
+
+
+def _fill_together(weights, outs, buffer, height, width, blocks) -> None:
+    if not runs_triton(buffer):
+        return _fill_in_two(weights, outs, buffer, height, width, blocks)
+    is_done, _ = nf4_group_(weights, outs, buffer, height, width, blocks)
+    if not is_done:
+        raise RuntimeError("no one launch can fill this buffer")
+
+
+def _fill_in_two(weights, outs, buffer, height, width, blocks) -> None:
+    nf4_dequantize_many(weights, outs)
+    lora_borders_(buffer, height, width, blocks)
+
+
+def _fill_by_others(weights, outs, buffer, height, width, blocks) -> None:
+    for weight, out in zip(weights, outs, strict=True):
+        out.copy_(_bitsandbytes_decode(weight))
+    lora_borders_reference_(buffer, height, width, blocks)

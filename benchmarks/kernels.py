@@ -118,6 +118,7 @@ def _all_cases(device: Any, dtype: Any, *, is_dry: bool) -> list[Any]:
     from benchmarks import (
         kernel_cases_attention,
         kernel_cases_head,
+        kernel_cases_lora,
         kernel_cases_norm,
         kernel_cases_rows,
         kernel_cases_weights,
@@ -126,6 +127,7 @@ def _all_cases(device: Any, dtype: Any, *, is_dry: bool) -> list[Any]:
     return [
         *kernel_cases_norm.cases(is_dry=is_dry),
         *kernel_cases_rows.cases(is_dry=is_dry),
+        *kernel_cases_lora.cases(device, is_dry=is_dry),
         *kernel_cases_weights.cases(is_dry=is_dry),
         *kernel_cases_head.cases(is_dry=is_dry),
         *kernel_cases_attention.cases(device, dtype, is_dry=is_dry),

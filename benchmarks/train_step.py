@@ -6,8 +6,9 @@
 MODEL is a folder that `benchmarks.random_model` wrote, or any other Llama. Each implementation has
 a process of its own: stock transformers with PEFT and bitsandbytes (hf, hf_nockpt), the same with
 Liger (hf_liger), Unsloth (unsloth, unsloth_nockpt), and the kit with only the layers' inputs kept
-(ours) and with all kept (ours_nockpt). `--dry` runs a tiny random model in this process, on a CPU
-if there is no GPU, to prove the script.
+(ours), planned for what is free or for `--budget-gib` (ours_smart), and with all kept
+(ours_nockpt). `--dry` runs a tiny random model in this process, on a CPU if there is no GPU, to
+prove the script.
 """
 
 from __future__ import annotations
@@ -23,7 +24,10 @@ from benchmarks.peers import PEERS, is_installed, versions
 from benchmarks.table import format_table, number
 
 MODULE = "benchmarks.train_step"
-NAMES = ("hf", "hf_nockpt", "hf_liger", "unsloth", "unsloth_nockpt", "ours", "ours_nockpt")
+NAMES = (
+    *("hf", "hf_nockpt", "hf_liger", "unsloth", "unsloth_nockpt"),
+    *("ours", "ours_smart", "ours_nockpt"),
+)
 DRY_NAMES = "hf,ours,ours_nockpt"
 # warm-up steps, and steps that count
 STEPS, STEPS_DRY = (3, 6), (1, 2)
@@ -69,6 +73,8 @@ def _options() -> argparse.Namespace:
     parser.add_argument("--optimizer", default="flat", choices=["flat", "bnb"], help="of ours")
     parser.add_argument("--t4", action="store_true", help="float16, 14.74 GiB, no flash, no cuDNN")
     parser.add_argument("--lean", action="store_true", help="ours with its low-memory settings")
+    parser.add_argument("--budget-gib", type=float, help="GPU memory for ours_smart")
+    parser.add_argument("--host-gib", type=float, help="pinned host memory for ours_smart")
     parser.add_argument("--profile", action="store_true", help="list the longest kernels")
     parser.add_argument("--dry", action="store_true", help="a tiny model, in this process")
     parser.add_argument("--name", help="name of the result file")
@@ -123,6 +129,10 @@ def _run(options: argparse.Namespace, name: str, rows: list[dict[str, Any]]) -> 
         return ""
     arguments = ["--child", "--implementations", name, "--shapes", options.shapes]
     arguments += ["--dtype", options.dtype, "--optimizer", options.optimizer]
+    if options.budget_gib is not None:
+        arguments += ["--budget-gib", str(options.budget_gib)]
+    if options.host_gib is not None:
+        arguments += ["--host-gib", str(options.host_gib)]
     arguments += [f"--{flag}" for flag in ("t4", "lean", "profile") if getattr(options, flag)]
     return run_child(MODULE, [*arguments, options.model], timeout_s=TIMEOUT_S, on_row=take)[1]
 
@@ -145,6 +155,8 @@ def _measure(options: argparse.Namespace, name: str, take: Any) -> None:
         dtype=getattr(torch, options.dtype),
         longest=max(length for _, length in shapes),
         is_lean=options.lean and is_ours,
+        memory_budget_gib=options.budget_gib,
+        host_budget_gib=options.host_gib,
     )
     optimizer = options.optimizer if is_ours else "bnb"
     steps = STEPS_DRY if options.dry else STEPS

@@ -63,8 +63,8 @@ def measure_implementation(
     is_profiled = False
     for batch, length in shapes:
         row = {**about, "shape": f"{batch}x{length}"}
-        step = _make_step(model, optimizer, (batch, length), device)
-        found = _time_unless_full(step, steps, batch * length, device)
+        step = make_step(model, optimizer, (batch, length), device)
+        found = time_unless_full(step, steps, batch * length, device)
         row |= found or {}
         # as many launches for every shape, and a profile of 8B takes seconds to read
         if found and (shows_kernels or not is_profiled):
@@ -72,7 +72,7 @@ def measure_implementation(
             is_profiled = True
         take(row | {"out_of_memory": found is None, "stock_passes": _stock_passes(model)})
         optimizer.zero_grad(set_to_none=True)
-        _free(model, device)
+        free_memory(model, device)
 
 
 def _load(
@@ -96,7 +96,7 @@ def _load(
     return model, optimizer, about
 
 
-def _make_step(
+def make_step(
     model: Any, optimizer: Any, shape: tuple[int, int], device: torch.device
 ) -> Callable[[], torch.Tensor]:
     torch.manual_seed(0)
@@ -113,7 +113,7 @@ def _make_step(
     return step
 
 
-def _time_unless_full(
+def time_unless_full(
     step: Callable[[], torch.Tensor],
     steps: tuple[int, int],
     tokens: int,
@@ -184,7 +184,7 @@ def _stock_passes(model: Any) -> dict[str, int]:
     return dict(state.stock_passes) if state else {}
 
 
-def _free(model: Any, device: torch.device) -> None:
+def free_memory(model: Any, device: torch.device) -> None:
     state = _state(model)
     if state is not None:
         state.scratch.free()

@@ -24,6 +24,8 @@ class Request:
     dtype: torch.dtype
     longest: int
     is_lean: bool = False
+    memory_budget_gib: float | None = None
+    host_budget_gib: float | None = None
 
 
 def _stock(request: Request, *, checkpointing: bool, uses_liger: bool = False) -> Any:
@@ -71,11 +73,15 @@ def _unsloth(request: Request, *, checkpointing: bool | str) -> Any:
     return _fast(FastLanguageModel, request, checkpointing)
 
 
-def _ours(request: Request, *, checkpointing: bool) -> Any:
+def _ours(request: Request, *, checkpointing: bool | str) -> Any:
     from colab_qlora import FastLanguageModel
     from colab_qlora.models.fuse import state_of
 
-    model = _fast(FastLanguageModel, request, checkpointing)
+    budgets = {}
+    if checkpointing == "smart":
+        budgets["memory_budget_gib"] = request.memory_budget_gib
+        budgets["host_budget_gib"] = request.host_budget_gib
+    model = _fast(FastLanguageModel, request, checkpointing, **budgets)
     state = state_of(model)
     assert state is not None
     if request.is_lean:
@@ -83,7 +89,7 @@ def _ours(request: Request, *, checkpointing: bool) -> Any:
     return model
 
 
-def _fast(face: Any, request: Request, checkpointing: bool | str) -> Any:
+def _fast(face: Any, request: Request, checkpointing: bool | str, **more: Any) -> Any:
     """Through a `FastLanguageModel`, Unsloth's or ours."""
     model, _ = face.from_pretrained(
         request.folder, max_seq_length=request.longest, dtype=request.dtype, load_in_4bit=True
@@ -97,6 +103,7 @@ def _fast(face: Any, request: Request, checkpointing: bool | str) -> Any:
         bias="none",
         use_gradient_checkpointing=checkpointing,
         random_state=SEED,
+        **more,
     )
 
 
@@ -107,6 +114,7 @@ IMPLEMENTATIONS: dict[str, Callable[[Request], Any]] = {
     "unsloth": lambda request: _unsloth(request, checkpointing="unsloth"),
     "unsloth_nockpt": lambda request: _unsloth(request, checkpointing=False),
     "ours": lambda request: _ours(request, checkpointing=True),
+    "ours_smart": lambda request: _ours(request, checkpointing="smart"),
     "ours_nockpt": lambda request: _ours(request, checkpointing=False),
 }
 

@@ -27,6 +27,7 @@ from colab_qlora.kernels.attention_choice import (
     rank_backends,
 )
 from colab_qlora.kernels.attention_shape import AttentionShape
+from colab_qlora.kernels.launch import layout
 
 __all__ = [
     "AttentionShape",
@@ -160,6 +161,14 @@ def _kept_choice(q: Tensor, shape: AttentionShape) -> str:
 
 def _checked(name: str, shape: AttentionShape, tensors: dict[str, Tensor | None]) -> Backend:
     """The backend of that name, after everything has been looked at that it would not look at."""
+    # what was looked at once is not looked at again: the layers of a model share a shape
+    return shape.kept(
+        ("checked", name, *tensors, *map(layout, tensors.values())),
+        lambda: _check_all(name, shape, tensors),
+    )
+
+
+def _check_all(name: str, shape: AttentionShape, tensors: dict[str, Tensor | None]) -> Backend:
     if name not in BACKENDS:
         raise UserError("backend is not known", got=repr(name), allowed=", ".join(BACKENDS))
     missing = shape.features - FEATURES[name]

@@ -13,6 +13,7 @@ call, and their gradients are summed back.
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any, NamedTuple
 
 import torch
@@ -28,6 +29,8 @@ _ALIGNMENT_BYTES = 16
 # the memory-efficient kernel keeps its logsumexp in rows of a multiple of 32, filled with inf
 _EFFICIENT_LSE_ROWS = 32
 _CAUSAL_FROM_TOP_LEFT = 1
+# of K and V with a head for every query head: more than this is done a few heads at a time
+MOST_REPEATED_BYTES = 256 * 2**20
 
 Outs = tuple[Tensor | None, Tensor | None, Tensor | None]
 Grads = tuple[Tensor, Tensor, Tensor]
@@ -226,9 +229,68 @@ def _by_document(dense: Backend) -> Backend:
     return Backend(forward, backward)
 
 
+def _by_head_group(dense: Backend) -> Backend:
+    """The same backend, a few key/value heads at a time where repeating them all takes too much.
+
+    Every head is computed alone in any case, so the results are the same bits.
+    """
+
+    def forward(q, k, v, shape, out):
+        parts = head_parts(shape, q.element_size())
+        if len(parts) == 1:
+            return dense.forward(q, k, v, shape, out)
+        o = torch.empty_like(q, memory_format=torch.contiguous_format) if out is None else out
+        rows = []
+        for few, queries, keys in parts:
+            found = dense.forward(q[:, queries], k[:, keys], v[:, keys], few, o[:, queries])
+            rows.append(found[1])
+        return o, torch.cat(rows, dim=1)
+
+    def backward(do, q, k, v, o, lse, shape, outs):
+        parts = head_parts(shape, q.element_size())
+        if len(parts) == 1:
+            return dense.backward(do, q, k, v, o, lse, shape, outs)
+        grads = tuple(
+            torch.empty_like(x, memory_format=torch.contiguous_format) if given is None else given
+            for given, x in zip(outs, (q, k, v), strict=True)
+        )
+        for few, queries, keys in parts:
+            dense.backward(
+                do[:, queries], q[:, queries], k[:, keys], v[:, keys], o[:, queries],
+                lse[:, queries].contiguous(), few,
+                (grads[0][:, queries], grads[1][:, keys], grads[2][:, keys]),
+            )  # fmt: skip
+        return grads
+
+    return Backend(forward, backward)
+
+
+def head_parts(shape: AttentionShape, itemsize: int) -> list[tuple[AttentionShape, slice, slice]]:
+    """(shape, query heads, key/value heads) of each call; one if K and V need no division."""
+    a_head = 2 * shape.tokens * shape.group * shape.head_dim * itemsize
+    count = max(1, MOST_REPEATED_BYTES // max(a_head, 1))
+    if shape.group == 1 or count >= shape.kv_heads:
+        return [(shape, slice(None), slice(None))]
+    parts = []
+    for first in range(0, shape.kv_heads, count):
+        last = min(first + count, shape.kv_heads)
+        queries = slice(first * shape.group, last * shape.group)
+        mask = shape.mask
+        if mask is not None and mask.shape[1] > 1:
+            mask = mask[:, queries]
+        count_q = (last - first) * shape.group
+        few = replace(shape, mask=mask, q_heads=count_q, kv_heads=last - first)
+        parts.append((few, queries, slice(first, last)))
+    return parts
+
+
 def _by_head(x: Tensor, shape: AttentionShape) -> Tensor:
     """(tokens, heads, head_dim) as a view (batch, heads, seq_length, head_dim)."""
-    return x.view(shape.batch, shape.seq_length, *x.shape[1:]).transpose(1, 2)
+    token, head, column = x.stride()
+    batch, length = shape.batch, shape.seq_length
+    # one view, where `view` and `transpose` are two
+    sizes = (batch, x.shape[1], length, x.shape[2])
+    return x.as_strided(sizes, (length * token, head, token, column))
 
 
 def _by_token(x: Tensor, shape: AttentionShape) -> Tensor:
@@ -289,7 +351,7 @@ BACKENDS = {
     "flash_varlen": Backend(_flash_forward, _flash_backward),
     "triton": Backend(_triton_forward, _triton_backward),
     "efficient_varlen": Backend(_efficient_varlen_forward, _efficient_varlen_backward),
-    "efficient": _by_document(Backend(_efficient_forward, _efficient_backward)),
-    "cpu_flash": _by_document(Backend(_cpu_flash_forward, _cpu_flash_backward)),
+    "efficient": _by_document(_by_head_group(Backend(_efficient_forward, _efficient_backward))),
+    "cpu_flash": _by_document(_by_head_group(Backend(_cpu_flash_forward, _cpu_flash_backward))),
     "math": _by_document(Backend(math_forward, math_backward)),
 }

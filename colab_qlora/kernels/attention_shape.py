@@ -11,6 +11,7 @@ since the layers of a model share one shape a step.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
@@ -103,7 +104,7 @@ class AttentionShape:
             return self.max_seqlen
         return max((end - start for start, end in self.bounds()), default=0)
 
-    @property
+    @functools.cached_property
     def features(self) -> frozenset[str]:
         """What a kernel has to know beyond dense and causal: "mask", "packed", "window"."""
         has = {

@@ -42,13 +42,19 @@ Backend = Literal["triton", "torch"]
 _forced: Backend | None = None
 
 
+@functools.cache
 def is_interpreting() -> bool:
-    """True if kernels run under Triton's interpreter, on the CPU."""
+    """True if kernels run under Triton's interpreter, on the CPU; set when kernels are defined."""
     return os.environ.get("TRITON_INTERPRET") == "1"
 
 
 def runs_triton(tensor: torch.Tensor) -> bool:
-    """True if an op on `tensor` launches its Triton kernel, False if it runs the reference."""
+    """True if an op on `tensor` launches its Triton kernel, False if it runs the reference.
+
+    The kernels compute in float32, so float64 runs the reference on every device.
+    """
+    if tensor.dtype == torch.float64:
+        return False
     if _forced is not None:
         return _forced == "triton"
     return HAS_TRITON and tensor.is_cuda and not is_interpreting()

@@ -20,6 +20,7 @@ import torch
 
 from colab_qlora.kernels.backend import runs_triton, tl, triton
 from colab_qlora.kernels.compile_case import FLOAT, HALF, CompileCase
+from colab_qlora.kernels.launch import ReadyLaunches, layout
 
 # 4,096 logits by 8 warps are 16 values a thread: two 16-byte loads in half precision, enough bytes
 # in flight to fill the memory bus, and few enough registers that none spills on sm_75
@@ -33,6 +34,8 @@ _REFERENCE_BLOCK_LOGITS = 2**18
 # vocabulary. A power of two costs no rounding; 256 leaves room for weights up to 127, since the
 # entries of a row's gradient add up to at most 2 in magnitude
 _FLOAT16_GRADIENT_SCALE = 256.0
+
+_launches = ReadyLaunches()
 
 
 @triton.jit
@@ -119,22 +122,21 @@ def _launch(
     logit_scale: float,
     writes_gradient: bool,
 ) -> None:
-    rows, vocab = logits.shape
-    block, num_warps = _block_and_warps(vocab)
+    tensors = (logits, targets, losses)
+    key = (softcap, logit_scale, writes_gradient, *map(layout, tensors))
+    ready = _launches.get(key)
     # Triton launches on the current device, which is not the tensor's in a model over two GPUs
     with torch.cuda.device_of(logits):
-        _cross_entropy_rows_kernel[(rows,)](
-            logits,
-            targets,
-            losses,
-            logits.stride(0),
-            vocab,
-            logit_scale / softcap if softcap else logit_scale,
-            softcap or 1.0,
-            gradient_scale(logits.dtype),
-            HAS_SOFTCAP=softcap is not None,
-            WRITES_GRADIENT=writes_gradient,
-            BLOCK=block,
+        if ready is not None:
+            ready(*map(torch.Tensor.data_ptr, tensors))
+            return
+        rows, vocab = logits.shape
+        block, num_warps = _block_and_warps(vocab)
+        inner_scale = float(logit_scale / softcap if softcap else logit_scale)
+        scales = (inner_scale, float(softcap or 1.0), gradient_scale(logits.dtype))
+        _launches.start(
+            *(key, _cross_entropy_rows_kernel, (rows,), tensors),
+            (logits.stride(0), vocab, *scales, softcap is not None, writes_gradient, block),
             num_warps=num_warps,
             num_stages=1,
         )
@@ -218,9 +220,7 @@ def cross_entropy_rows_(
     """
     if not logits.shape[0]:
         return
-    # the kernel computes in float32
-    exact = logits.dtype == torch.float64
-    run = _launch if runs_triton(logits) and not exact else _reference
+    run = _launch if runs_triton(logits) else _reference
     run(logits, targets, losses, softcap, logit_scale, writes_gradient)
 
 

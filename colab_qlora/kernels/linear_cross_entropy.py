@@ -34,8 +34,10 @@ from torch.autograd.function import once_differentiable
 from colab_qlora.errors import UserError
 from colab_qlora.kernels.cross_entropy_rows import cross_entropy_rows_, gradient_scale
 from colab_qlora.kernels.linear_cross_entropy_inputs import (
+    CountedLabels,
     LabelledRows,
     check_tensors,
+    count_labels,
     find_labelled,
     loss_divisor,
     loss_dtype,
@@ -242,7 +244,7 @@ def _scattered(rows: torch.Tensor, index: torch.Tensor | None, shape: torch.Size
 def linear_cross_entropy(
     hidden: torch.Tensor,
     weight: torch.Tensor,
-    labels: torch.Tensor,
+    labels: torch.Tensor | CountedLabels,
     *,
     bias: torch.Tensor | None = None,
     ignore_index: int = -100,
@@ -257,12 +259,13 @@ def linear_cross_entropy(
     If no label counts, or there are no tokens, the loss is 0.0 and every gradient is zero. The mean
     of `F.cross_entropy`, and so `ForCausalLMLoss`, is NaN there, which ends a training run.
 
-    Synchronises with the GPU once, to read how many rows are labelled.
+    Waits for the GPU once, to read how many rows are labelled, unless `count_labels` asked before.
 
     Args:
         hidden: float16, bfloat16, float32 or float64, shape (..., tokens, width).
         weight: the head, hidden's dtype and device, shape (vocab, width).
-        labels: integers, shape (..., tokens), on any device: tokens in [0, vocab), or ignore_index.
+        labels: integers, shape (..., tokens), on any device: tokens in [0, vocab), or ignore_index;
+            or what `count_labels` made of them with the same ignore_index and shift.
         bias: hidden's dtype and device, shape (vocab,).
         ignore_index: the label of positions that do not count.
         shift: position i predicts label i + 1 of its sequence (the last but one dimension of
@@ -284,7 +287,8 @@ def linear_cross_entropy(
         >>> linear_cross_entropy(hidden, head, torch.tensor([[7, 8, -100]]))
         tensor(4.6052)
     """
-    check_tensors(hidden, weight, labels, bias)
+    given = labels.given if isinstance(labels, CountedLabels) else labels
+    check_tensors(hidden, weight, given, bias)
     vocab, tracks = weight.shape[0], torch.is_grad_enabled()
     settings = _Settings(
         softcap=softcap,
@@ -297,7 +301,16 @@ def linear_cross_entropy(
             tracks and bias is not None and bias.requires_grad,
         ),
     )
-    labelled = find_labelled(labels, ignore_index, shift, vocab, hidden.device)
+    if not isinstance(labels, CountedLabels):
+        labels = count_labels(labels, ignore_index, shift)
+    elif (labels.ignore_index, labels.shift) != (ignore_index, shift):
+        raise UserError(
+            "labels were counted in another way",
+            got=f"ignore_index={labels.ignore_index}, shift={labels.shift}",
+            allowed=f"ignore_index={ignore_index}, shift={shift}",
+            do="Pass both to count_labels too",
+        )
+    labelled = find_labelled(labels, ignore_index, vocab, hidden.device)
     divisor = loss_divisor(num_items_in_batch, labelled.targets.numel(), hidden)
     if any(settings.needs):
         return _LinearCrossEntropy.apply(hidden, weight, bias, labelled, divisor, settings)

@@ -1,7 +1,9 @@
 """What `linear_cross_entropy` is given: the checks, the labelled rows, and the divisor n.
 
 Everything here looks at labels and shapes only; no logit is computed. The host reads from the
-device once: the count of labelled rows and the range of their labels, together.
+device once: the count of labelled rows and the range of their labels, together. Who has the labels
+before the hidden states asks for that read early (`count_labels`): by the time that the head is
+reached it has long arrived, and nobody waits.
 """
 
 from __future__ import annotations
@@ -11,6 +13,7 @@ from dataclasses import dataclass
 import torch
 
 from colab_qlora.errors import UserError
+from colab_qlora.kernels.label_count import label_count
 
 _FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 _INTEGERS = (torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8)
@@ -71,35 +74,70 @@ def check_tensors(
         )
 
 
-def find_labelled(
-    labels: torch.Tensor, ignore_index: int, shift: bool, vocab: int, device: torch.device
-) -> LabelledRows:
-    """The labelled rows, in order, by one read from the device.
+@dataclass(frozen=True, eq=False)
+class CountedLabels:
+    """Labels whose count and range are on their way to the host.
 
-    The count, which the shapes need, and the extremes of the labels, which the check needs, come to
-    the host together: one synchronisation a step, or none if the labels are on the CPU.
+    Attributes:
+        given: as they came, integers, shape (..., tokens).
+        flat: int64, shape (tokens of all sequences,), shifted.
+        ignore_index, shift: as they were counted with.
+        numbers: int64, shape (3,): ignored rows, lowest and highest label; pinned if it is copied.
+        arrival: what to wait for before `numbers` is read; None if it is there.
+    """
+
+    given: torch.Tensor
+    ignore_index: int
+    shift: bool
+    flat: torch.Tensor
+    numbers: torch.Tensor
+    arrival: torch.cuda.Event | None
+
+
+def count_labels(
+    labels: torch.Tensor, ignore_index: int = -100, shift: bool = True
+) -> CountedLabels:
+    """Have the device count the labelled rows, without waiting for it.
 
     Args:
         labels: an integer dtype, shape (..., tokens).
         ignore_index: the label of rows that have none.
         shift: position i has the label of position i + 1 of its sequence; the last has none.
+    """
+    if not labels.numel():
+        flat = labels.detach().long().reshape(-1)
+        return CountedLabels(labels, ignore_index, shift, flat, flat.new_zeros(3), None)
+    # kernels start on the current device, which need not be the labels'
+    with torch.cuda.device_of(labels):
+        flat, numbers = label_count(labels.detach(), ignore_index, shift)
+    arrival = None
+    if numbers.is_cuda:
+        on_host = torch.empty(3, dtype=torch.int64, pin_memory=True)
+        numbers = on_host.copy_(numbers, non_blocking=True)
+        arrival = torch.cuda.Event()
+        arrival.record(torch.cuda.current_stream(flat.device))
+    return CountedLabels(labels, ignore_index, shift, flat, numbers, arrival)
+
+
+def find_labelled(
+    counted: CountedLabels, ignore_index: int, vocab: int, device: torch.device
+) -> LabelledRows:
+    """The labelled rows, in order, by one read from the device.
+
+    Args:
+        ignore_index: as given to `count_labels`.
         vocab: every other label lies in [0, vocab).
         device: where the result is needed.
 
     Raises:
         ValueError: a label outside the vocabulary.
     """
-    labels = labels.detach().long()
+    labels = counted.flat
     if not labels.numel():
-        return LabelledRows(None, labels.reshape(-1).to(device))
-    if shift:
-        labels = torch.nn.functional.pad(labels[..., 1:], (0, 1), value=ignore_index)
-    labels = labels.reshape(-1)
-    ignored = labels == ignore_index
-    limits = torch.iinfo(torch.int64)
-    lowest = labels.masked_fill(ignored, limits.max).amin()
-    highest = labels.masked_fill(ignored, limits.min).amax()
-    ignored_rows, low, high = torch.stack([ignored.sum(), lowest, highest]).tolist()
+        return LabelledRows(None, labels.to(device))
+    if counted.arrival is not None:
+        counted.arrival.synchronize()
+    ignored_rows, low, high = counted.numbers.tolist()
     count = labels.numel() - ignored_rows
     if count and not 0 <= low <= high < vocab:
         raise UserError(
@@ -111,7 +149,7 @@ def find_labelled(
     if not ignored_rows:
         return LabelledRows(None, labels.to(device))
     # nonzero would read the count from the device once more
-    index = torch.nonzero_static(~ignored, size=count).squeeze(1)
+    index = torch.nonzero_static(labels != ignore_index, size=count).squeeze(1)
     return LabelledRows(index.to(device), labels.index_select(0, index).to(device))
 
 

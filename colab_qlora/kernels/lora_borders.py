@@ -1,7 +1,7 @@
-"""The borders of a decoded weight, [W | s B ; A], in one launch.
+"""The borders of a decoded weight, [W | s B ; A] or [W | B ; s A], in one launch.
 
     right border    buffer[:height, width:]     0, and B * scale where a block has its rows
-    bottom border   buffer[height:, :width]     0, and A in the rows of a block's columns
+    bottom border   buffer[height:, :width]     0, and A * a_scale in the rows of a block's columns
 
 W, a group's decoded weights, stands in buffer[:height, :width] and is left as it is, as is the
 corner. Each product is float32 and rounded once.
@@ -21,6 +21,7 @@ import torch
 from colab_qlora.errors import UserError
 from colab_qlora.kernels.backend import runs_triton, tl, triton
 from colab_qlora.kernels.compile_case import FLOAT, HALF, CompileCase
+from colab_qlora.kernels.launch import Launch, start_repeatable
 
 _DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
@@ -35,8 +36,8 @@ TILE_COLUMNS = 64
 # these numbers differ from group to group and from layer to layer, and adapters that an optimiser
 # has laid out flat stand at any address; a kernel compiled for each of them would be hundreds
 _NUMBERS = ("first", "last", "left", "rank", "a_rank")
-_VARYING = [f"{name}{i}" for i in range(MOST_BLOCKS) for name in _NUMBERS]
-_POINTERS = [f"{name}{i}" for i in range(MOST_BLOCKS) for name in ("a", "b")]
+VARYING = [f"{name}{i}" for i in range(MOST_BLOCKS) for name in _NUMBERS]
+POINTERS = [f"{name}{i}" for i in range(MOST_BLOCKS) for name in ("a", "b")]
 
 
 class Border(NamedTuple):
@@ -50,6 +51,7 @@ class Border(NamedTuple):
         b: (rows, rank), likewise; no rows (`b[:0]`) if its linear is not in this buffer.
         scale: multiplies b.
         has_a: False leaves zeros where `a` would stand.
+        a_scale: multiplies a.
     """
 
     first_row: int
@@ -58,6 +60,7 @@ class Border(NamedTuple):
     b: torch.Tensor
     scale: float
     has_a: bool
+    a_scale: float = 1.0
 
 
 @triton.jit
@@ -69,23 +72,23 @@ def _scaled_b(value, row, column, b, first, last, left, rank, scale):
 
 
 @triton.jit
-def _copied_a(value, row, column, a, left, rank, width):
+def _scaled_a(value, row, column, a, left, rank, width, scale):
     is_inside = (row >= left) & (row < left + rank) & (column < width)
     place = (row - left).to(tl.int64) * width + column  # [ROWS, COLUMNS]
-    return tl.where(is_inside, tl.load(a + place, mask=is_inside, other=0.0).to(tl.float32), value)
+    product = tl.load(a + place, mask=is_inside, other=0.0).to(tl.float32) * scale
+    return tl.where(is_inside, product, value)
 
 
-@triton.jit(do_not_specialize=["height", *_VARYING], do_not_specialize_on_alignment=_POINTERS)
-def _borders_kernel(
-    buffer, height, width, spare, row_stride,
-    a0, b0, first0, last0, left0, rank0, a_rank0, scale0,
-    a1, b1, first1, last1, left1, rank1, a_rank1, scale1,
-    a2, b2, first2, last2, left2, rank2, a_rank2, scale2,
-    a3, b3, first3, last3, left3, rank3, a_rank3, scale3,
+@triton.jit
+def write_border_tile(
+    program, buffer, height, width, spare, row_stride,
+    a0, b0, first0, last0, left0, rank0, a_rank0, scale0, a_scale0,
+    a1, b1, first1, last1, left1, rank1, a_rank1, scale1, a_scale1,
+    a2, b2, first2, last2, left2, rank2, a_rank2, scale2, a_scale2,
+    a3, b3, first3, last3, left3, rank3, a_rank3, scale3, a_scale3,
     ROWS: tl.constexpr, COLUMNS: tl.constexpr,
 ):  # fmt: skip
     """a_rank is rank, or 0 without A. Of blocks that overlap the last one counts."""
-    program = tl.program_id(0)
     tiles_across = tl.cdiv(spare, COLUMNS)
     right_programs = tl.cdiv(height, ROWS) * tiles_across
     is_right = program < right_programs
@@ -104,31 +107,63 @@ def _borders_kernel(
         place = row.to(tl.int64) * row_stride + width + column
         tl.store(buffer + place, value.to(dtype), mask=(row < height) & (column < spare))
     else:
-        value = _copied_a(value, row, column, a0, left0, a_rank0, width)
-        value = _copied_a(value, row, column, a1, left1, a_rank1, width)
-        value = _copied_a(value, row, column, a2, left2, a_rank2, width)
-        value = _copied_a(value, row, column, a3, left3, a_rank3, width)
+        value = _scaled_a(value, row, column, a0, left0, a_rank0, width, a_scale0)
+        value = _scaled_a(value, row, column, a1, left1, a_rank1, width, a_scale1)
+        value = _scaled_a(value, row, column, a2, left2, a_rank2, width, a_scale2)
+        value = _scaled_a(value, row, column, a3, left3, a_rank3, width, a_scale3)
         place = (height + row).to(tl.int64) * row_stride + column
         tl.store(buffer + place, value.to(dtype), mask=(row < spare) & (column < width))
 
 
-def _launch(buffer: torch.Tensor, height: int, width: int, blocks: Sequence[Border]) -> None:
-    spare = buffer.shape[1] - width
+@triton.jit(do_not_specialize=["height", *VARYING], do_not_specialize_on_alignment=POINTERS)
+def _borders_kernel(
+    buffer, height, width, spare, row_stride,
+    a0, b0, first0, last0, left0, rank0, a_rank0, scale0, a_scale0,
+    a1, b1, first1, last1, left1, rank1, a_rank1, scale1, a_scale1,
+    a2, b2, first2, last2, left2, rank2, a_rank2, scale2, a_scale2,
+    a3, b3, first3, last3, left3, rank3, a_rank3, scale3, a_scale3,
+    ROWS: tl.constexpr, COLUMNS: tl.constexpr,
+):  # fmt: skip
+    write_border_tile(
+        tl.program_id(0), buffer, height, width, spare, row_stride,
+        a0, b0, first0, last0, left0, rank0, a_rank0, scale0, a_scale0,
+        a1, b1, first1, last1, left1, rank1, a_rank1, scale1, a_scale1,
+        a2, b2, first2, last2, left2, rank2, a_rank2, scale2, a_scale2,
+        a3, b3, first3, last3, left3, rank3, a_rank3, scale3, a_scale3,
+        ROWS, COLUMNS,
+    )  # fmt: skip
+
+
+def _launch(
+    buffer: torch.Tensor, height: int, width: int, blocks: Sequence[Border]
+) -> Launch | None:
+    programs = border_programs(buffer, height, width)
+    if not programs:
+        return None
+    arguments = border_arguments(buffer, height, width, blocks)
+    return start_repeatable(_borders_kernel, (programs,), arguments)
+
+
+def border_arguments(
+    buffer: torch.Tensor, height: int, width: int, blocks: Sequence[Border]
+) -> list[Any]:
+    """What `write_border_tile` is told after the program's number."""
     arguments: list[Any] = []
-    for first, column, a, b, scale, has_a in blocks:
+    for first, column, a, b, scale, has_a, a_scale in blocks:
         rank = b.shape[1]
-        arguments += (a, b, first, first + b.shape[0], column, rank, rank * has_a, float(scale))
+        arguments += (a, b, first, first + b.shape[0], column, rank, rank * has_a)
+        arguments += (float(scale), float(a_scale))
     # an absent block has rank 0, and pointers of a dtype that is compiled for anyway
-    absent = (*(arguments[:2] or (buffer, buffer)), 0, 0, 0, 0, 0, 1.0)
+    absent = (*(arguments[:2] or (buffer, buffer)), 0, 0, 0, 0, 0, 1.0, 1.0)
     arguments += absent * (MOST_BLOCKS - len(blocks))
-    programs = _tiles(height, spare) + _tiles(spare, width)
-    if programs:
-        _borders_kernel[(programs,)](
-            *(buffer, height, width, spare, buffer.stride(0)),
-            *arguments,
-            ROWS=TILE_ROWS,
-            COLUMNS=TILE_COLUMNS,
-        )
+    where = (buffer, height, width, buffer.shape[1] - width, buffer.stride(0))
+    return [*where, *arguments, TILE_ROWS, TILE_COLUMNS]
+
+
+def border_programs(buffer: torch.Tensor, height: int, width: int) -> int:
+    """Programs that write both borders."""
+    spare = buffer.shape[1] - width
+    return _tiles(height, spare) + _tiles(spare, width)
 
 
 def _tiles(rows: int, columns: int) -> int:
@@ -145,15 +180,17 @@ def lora_borders_reference_(
     dtype = torch.float64 if buffer.dtype == torch.float64 else torch.float32
     right.zero_()
     bottom.zero_()
-    for first, column, a, b, scale, has_a in blocks:
+    for first, column, a, b, scale, has_a, a_scale in blocks:
         rows, rank = b.shape
         target = right[first : first + rows, column : column + rank]
         torch.mul(b.to(dtype), scale, out=target)
         if has_a:
-            bottom[column : column + rank].copy_(a.to(dtype))
+            torch.mul(a.to(dtype), a_scale, out=bottom[column : column + rank])
 
 
-def lora_borders_(buffer: torch.Tensor, height: int, width: int, blocks: Sequence[Border]) -> None:
+def lora_borders_(
+    buffer: torch.Tensor, height: int, width: int, blocks: Sequence[Border]
+) -> Launch | None:
     """Write the LoRA matrices, and zeros, beside and under a decoded weight.
 
     On a GPU it is one launch, unless there are more than four blocks, their matrices are not
@@ -166,21 +203,23 @@ def lora_borders_(buffer: torch.Tensor, height: int, width: int, blocks: Sequenc
         width: columns of the weight.
         blocks: the adapters; of two that overlap the last one counts.
 
+    Returns:
+        What does the same again, without a look at anything, for as long as the caller knows that
+        buffer and adapters stay at their addresses; None where no single launch does.
+
     Raises:
         UserError: buffer or a block does not fit. Nothing is written then.
     """
-    _check_buffer(buffer, height, width)
-    for number, block in enumerate(blocks):
-        _check_block(f"blocks[{number}]", block, buffer, height, width)
+    check_borders(buffer, height, width, blocks)
     if buffer.shape[1] == width:
-        return
-    if runs_triton(buffer) and _fits_kernel(buffer, blocks):
-        _launch(buffer, height, width, blocks)
-    else:
-        lora_borders_reference_(buffer, height, width, blocks)
+        return None
+    if runs_triton(buffer) and fits_kernel(buffer, blocks):
+        return _launch(buffer, height, width, blocks)
+    lora_borders_reference_(buffer, height, width, blocks)
+    return None
 
 
-def _fits_kernel(buffer: torch.Tensor, blocks: Sequence[Border]) -> bool:
+def fits_kernel(buffer: torch.Tensor, blocks: Sequence[Border]) -> bool:
     """True unless the kernel would round more (float64), miss strides or be compiled once more."""
     matrices = [matrix for block in blocks for matrix in (block.a, block.b)]
     dtypes = {matrix.dtype for matrix in matrices}
@@ -191,6 +230,13 @@ def _fits_kernel(buffer: torch.Tensor, blocks: Sequence[Border]) -> bool:
         and buffer.dtype != torch.float64
         and all(matrix.is_contiguous() for matrix in matrices)
     )
+
+
+def check_borders(buffer: torch.Tensor, height: int, width: int, blocks: Sequence[Border]) -> None:
+    """Raise UserError unless the blocks fit into the buffer's borders."""
+    _check_buffer(buffer, height, width)
+    for number, block in enumerate(blocks):
+        _check_block(f"blocks[{number}]", block, buffer, height, width)
 
 
 def _check_buffer(buffer: torch.Tensor, height: int, width: int) -> None:
@@ -231,15 +277,22 @@ def compile_cases() -> list[CompileCase]:
 
 
 def _compile_case(name: str, adapter: str) -> CompileCase:
-    scales = dict.fromkeys([f"scale{i}" for i in range(MOST_BLOCKS)], "fp32")
     sizes = ("width", "spare", "row_stride")
     return CompileCase(
         name=f"lora_borders {name}",
         kernel=_borders_kernel,
-        signature={"buffer": HALF}
-        | dict.fromkeys(_POINTERS, adapter)
-        | dict.fromkeys(("height", *sizes, *_VARYING), "i32")
-        | scales,
+        signature=border_signature(adapter),
         constexprs={"ROWS": TILE_ROWS, "COLUMNS": TILE_COLUMNS},
         divisible_by_16=("buffer", *sizes),
+    )
+
+
+def border_signature(adapter: str) -> dict[str, str]:
+    """Triton's types of `border_arguments`, but for the last two, with adapters of that type."""
+    names = [f"{name}{i}" for i in range(MOST_BLOCKS) for name in ("scale", "a_scale")]
+    return (
+        {"buffer": HALF}
+        | dict.fromkeys(POINTERS, adapter)
+        | dict.fromkeys(("height", "width", "spare", "row_stride", *VARYING), "i32")
+        | dict.fromkeys(names, "fp32")
     )

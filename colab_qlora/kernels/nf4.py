@@ -27,6 +27,7 @@ import torch
 from colab_qlora.errors import UserError
 from colab_qlora.kernels.backend import runs_triton, tl, triton
 from colab_qlora.kernels.compile_case import FLOAT, HALF, CompileCase
+from colab_qlora.kernels.launch import Launch, start_repeatable
 
 _DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
@@ -161,7 +162,7 @@ def weight_arguments(state: NF4State, units: torch.Tensor, out: torch.Tensor) ->
 
 
 def form_arguments(state: NF4State, units: torch.Tensor, out: torch.Tensor) -> dict[str, Any]:
-    """The arguments after them: what weights have to share to be decoded in one launch."""
+    """The arguments after them, in the kernel's order: what weights share in one launch."""
     columns, row_stride = state.shape[1], out.stride(0)
     codes = 2 if units.dtype == torch.uint8 else WORD_CODES
     step = codes if columns % codes == 0 and row_stride % codes == 0 else 1
@@ -176,13 +177,14 @@ def form_arguments(state: NF4State, units: torch.Tensor, out: torch.Tensor) -> d
     }
 
 
-def _launch(state: NF4State, out: torch.Tensor) -> None:
+def _launch(state: NF4State, out: torch.Tensor) -> Launch | None:
     units = packed_units(state)
-    _dequantize_kernel[(programs_of(out),)](
+    arguments = [
         *weight_arguments(state, units, out),
-        **form_arguments(state, units, out),
-        enable_fp_fusion=FUSES_MULTIPLY_ADD,
-    )
+        *form_arguments(state, units, out).values(),
+    ]
+    options = {"enable_fp_fusion": FUSES_MULTIPLY_ADD}
+    return start_repeatable(_dequantize_kernel, (programs_of(out),), arguments, **options)
 
 
 def _float_absmax(state: NF4State) -> torch.Tensor:
@@ -316,14 +318,14 @@ def nf4_dequantize(
     return out
 
 
-def decode(state: NF4State, out: torch.Tensor) -> None:
-    """`nf4_dequantize` once everything is checked."""
+def decode(state: NF4State, out: torch.Tensor) -> Launch | None:
+    """`nf4_dequantize` once everything is checked; what repeats it, if one launch does."""
     if not out.numel():
-        return
+        return None
     if runs_triton(out):
-        _launch(state, out)
-    else:
-        nf4_reference(state, out)
+        return _launch(state, out)
+    nf4_reference(state, out)
+    return None
 
 
 def check_out(out: torch.Tensor, state: NF4State, dtype: torch.dtype | None = None) -> None:

@@ -16,6 +16,7 @@ import torch
 from colab_qlora.errors import UserError
 from colab_qlora.kernels.backend import runs_triton, tl, triton
 from colab_qlora.kernels.compile_case import CompileCase
+from colab_qlora.kernels.launch import Launch, start_repeatable
 from colab_qlora.kernels.nf4 import (
     FUSES_MULTIPLY_ADD,
     NF4State,
@@ -34,12 +35,13 @@ from colab_qlora.kernels.nf4 import compile_cases as single_cases
 MOST_WEIGHTS = 3
 
 
-# the programs' numbers differ with every group of linears and are only compared. Alignment: as in
-# nf4.py
-@triton.jit(
-    do_not_specialize=["second", "third"],
-    do_not_specialize_on_alignment=["packed0", "packed1", "packed2"],
-)
+# the programs' numbers differ with every group of linears and are only compared
+NUMBERS = ["second", "third"]
+# alignment: as in nf4.py
+PACKED = ["packed0", "packed1", "packed2"]
+
+
+@triton.jit(do_not_specialize=NUMBERS, do_not_specialize_on_alignment=PACKED)
 def _dequantize_many_kernel(
     packed0, code0, absmax0, nested_absmax0, nested_code0, offset0, out0, weights0,
     packed1, code1, absmax1, nested_absmax1, nested_code1, offset1, out1, weights1,
@@ -48,8 +50,27 @@ def _dequantize_many_kernel(
     BLOCKSIZE: tl.constexpr, NESTED_BLOCKSIZE: tl.constexpr,
     CODES: tl.constexpr, STEP: tl.constexpr, UNITS: tl.constexpr,
 ):  # fmt: skip
+    dequantize_one_of_three(
+        tl.program_id(0),
+        packed0, code0, absmax0, nested_absmax0, nested_code0, offset0, out0, weights0,
+        packed1, code1, absmax1, nested_absmax1, nested_code1, offset1, out1, weights1,
+        packed2, code2, absmax2, nested_absmax2, nested_code2, offset2, out2, weights2,
+        second, third, row_steps, row_stride_steps,
+        BLOCKSIZE, NESTED_BLOCKSIZE, CODES, STEP, UNITS,
+    )  # fmt: skip
+
+
+@triton.jit
+def dequantize_one_of_three(
+    program,
+    packed0, code0, absmax0, nested_absmax0, nested_code0, offset0, out0, weights0,
+    packed1, code1, absmax1, nested_absmax1, nested_code1, offset1, out1, weights1,
+    packed2, code2, absmax2, nested_absmax2, nested_code2, offset2, out2, weights2,
+    second, third, row_steps, row_stride_steps,
+    BLOCKSIZE: tl.constexpr, NESTED_BLOCKSIZE: tl.constexpr,
+    CODES: tl.constexpr, STEP: tl.constexpr, UNITS: tl.constexpr,
+):  # fmt: skip
     """`second` and `third`: the programs that the second and the third weight start with."""
-    program = tl.program_id(0)
     # pointers that are chosen instead of branches would lose their alignment, and the wide stores
     if program < second:
         dequantize_program(
@@ -71,29 +92,33 @@ def _dequantize_many_kernel(
         )  # fmt: skip
 
 
-def _launch_together(states: Sequence[NF4State], outs: Sequence[torch.Tensor]) -> bool:
-    """Decode in one launch, or return False where the weights differ in more than their rows."""
+def together(
+    states: Sequence[NF4State], outs: Sequence[torch.Tensor]
+) -> tuple[list[Any], int] | None:
+    """What `dequantize_one_of_three` is told, and how many programs decode all weights.
+
+    None where there are too many weights, or they differ in more than their rows.
+    """
+    if not 1 <= len(outs) <= MOST_WEIGHTS:
+        return None
     units = [packed_units(state) for state in states]
     form, *others = map(form_arguments, states, units, outs)
     if any(other != form for other in others) or len({(o.dtype, o.device) for o in outs}) > 1:
-        return False
+        return None
     ends = list(accumulate(map(programs_of, outs)))
     weights = list(map(weight_arguments, states, units, outs))
-    # an absent third weight is the first one again, whose programs do not exist: kernels for two
+    # an absent weight is the first one again, whose programs do not exist: kernels for one or two
     # weights are compiled as those for three
-    weights += weights[:1] * (MOST_WEIGHTS - len(weights))
-    if ends[-1]:
-        _dequantize_many_kernel[(ends[-1],)](
-            *(argument for weight in weights for argument in weight),
-            second=ends[0],
-            third=ends[1],
-            **form,
-            enable_fp_fusion=FUSES_MULTIPLY_ADD,
-        )
-    return True
+    absent = MOST_WEIGHTS - len(weights)
+    weights += weights[:1] * absent
+    ends += [ends[-1]] * absent
+    arguments = [argument for weight in weights for argument in weight]
+    return [*arguments, ends[0], ends[1], *form.values()], ends[-1]
 
 
-def nf4_dequantize_many(weights: Sequence[Any], outs: Sequence[torch.Tensor]) -> None:
+def nf4_dequantize_many(
+    weights: Sequence[Any], outs: Sequence[torch.Tensor]
+) -> tuple[Launch, ...] | None:
     """Decode each weight into its buffer, bit by bit as `nf4_dequantize` does.
 
     Two or three weights on a GPU take one launch if they have the same number of columns and the
@@ -105,6 +130,10 @@ def nf4_dequantize_many(weights: Sequence[Any], outs: Sequence[torch.Tensor]) ->
         outs: as many buffers (rows, columns), last stride 1, any row stride, any floating dtype,
             none overlapping another.
 
+    Returns:
+        Launches that do the same again, without a look at anything: for as long as the caller knows
+        that weights and buffers stay at their addresses. None where there are no such launches.
+
     Raises:
         UserError: as `nf4_dequantize`, or another number of buffers. Nothing is written then.
     """
@@ -113,10 +142,19 @@ def nf4_dequantize_many(weights: Sequence[Any], outs: Sequence[torch.Tensor]) ->
     states = [nf4_state(weight) for weight in weights]
     for state, out in zip(states, outs, strict=True):
         check_out(out, state)
-    if 2 <= len(outs) <= MOST_WEIGHTS and runs_triton(outs[0]) and _launch_together(states, outs):
-        return
-    for state, out in zip(states, outs, strict=True):
-        decode(state, out)
+    if len(outs) > 1 and runs_triton(outs[0]):
+        found = together(states, outs)
+        if found is not None:
+            arguments, programs = found
+            if not programs:
+                return None
+            options = {"enable_fp_fusion": FUSES_MULTIPLY_ADD}
+            grid = (programs,)
+            launch = start_repeatable(_dequantize_many_kernel, grid, arguments, **options)
+            return None if launch is None else (launch,)
+    launches = [decode(state, out) for state, out in zip(states, outs, strict=True)]
+    ready = tuple(launch for launch in launches if launch is not None)
+    return ready if len(ready) == len(launches) else None
 
 
 def compile_cases() -> list[CompileCase]:

@@ -11,6 +11,8 @@ Bytes moved a row of W half values: forward 4 W + 4 (x in, y and rstd out), with
 (x and residual in, h and y out); backward 6 W + 4 (dy, h and rstd in, dx out), with residual_grad
 8 W + 4. At W = 4096 that is 16, 32, 24 and 32 KiB. The weight, read once a program, stays in
 the cache. dweight adds no pass over the rows, but 8 W bytes a program: partial sums out and in.
+The backward pass can write y anew, since the LoRA gradient of the projection behind it needs y:
+2 W more, where a pass of its own would move 4 W.
 """
 
 from __future__ import annotations
@@ -20,11 +22,18 @@ import itertools
 import torch
 from torch.autograd.function import once_differentiable
 
-from colab_qlora.errors import UserError
 from colab_qlora.kernels.backend import runs_triton, tl, triton
 from colab_qlora.kernels.compile_case import FLOAT, HALF, CompileCase
-
-_DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+from colab_qlora.kernels.launch import ReadyLaunches, layout
+from colab_qlora.kernels.rms_norm_reference import (
+    check_backward,
+    check_forward,
+    has_dense_rows,
+    misfit,
+    new_like,
+    rms_norm_backward_reference,
+    rms_norm_forward_reference,
+)
 
 # a program keeps its rows in registers; wider ones would not fit and run the reference
 MAX_KERNEL_WIDTH = 16384
@@ -36,6 +45,9 @@ SHORT_WIDTH = 1024
 # dweight's partial sums: two programs for each multiprocessor of an H100, and at 4096 tokens still
 # 1/8 of the bytes of one half tensor
 WEIGHT_GRAD_PROGRAMS = 256
+
+_forward_launches = ReadyLaunches()
+_backward_launches = ReadyLaunches()
 
 
 @triton.jit
@@ -49,7 +61,7 @@ def _row_offsets(index, heads, row_stride, head_stride):
 def _forward_kernel(
     x, residual, weight, out, rstd, h,
     rows, heads, eps,
-    x_row, x_head, residual_row, residual_head, out_row, out_head,
+    x_row, x_head, residual_row, residual_head, out_row, out_head, h_row, h_head,
     HAS_RESIDUAL: tl.constexpr, WIDTH: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     index = tl.program_id(0) * ROWS + tl.arange(0, ROWS)  # [ROWS]
@@ -61,7 +73,10 @@ def _forward_kernel(
         offset = _row_offsets(index, heads, residual_row, residual_head)[:, None] + column
         value += tl.load(residual + offset, mask=mask, other=0.0).to(tl.float32)
         rounded = value.to(h.dtype.element_ty)
-        tl.store(h + index.to(tl.int64)[:, None] * WIDTH + column, rounded, mask=mask)
+        # h may be x or the residual, and another thread may load what this one stores
+        tl.debug_barrier()
+        offset = _row_offsets(index, heads, h_row, h_head)[:, None] + column
+        tl.store(h + offset, rounded, mask=mask)
         value = rounded.to(tl.float32)
     scale = tl.rsqrt(tl.sum(value * value, axis=1) / WIDTH + eps)  # [ROWS]
     tl.store(rstd + index, scale, mask=index < rows)
@@ -73,10 +88,11 @@ def _forward_kernel(
 
 @triton.jit(do_not_specialize=["rows"])
 def _backward_kernel(
-    dy, h, weight, rstd, residual_grad, out, partial,
+    dy, h, weight, rstd, residual_grad, out, partial, normed,
     rows, heads, tiles,
     dy_row, dy_head, h_row, h_head, residual_row, residual_head, out_row, out_head,
-    HAS_RESIDUAL_GRAD: tl.constexpr, NEEDS_WEIGHT_GRAD: tl.constexpr,
+    normed_row, normed_head,
+    HAS_RESIDUAL_GRAD: tl.constexpr, NEEDS_WEIGHT_GRAD: tl.constexpr, WRITES_NORMED: tl.constexpr,
     WIDTH: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     program = tl.program_id(0)
@@ -88,19 +104,24 @@ def _backward_kernel(
         mask = (index < rows)[:, None] & (column < WIDTH)  # [ROWS, BLOCK]
         scale = tl.load(rstd + index, mask=index < rows, other=0.0)[:, None]  # [ROWS, 1]
         offset = _row_offsets(index, heads, h_row, h_head)[:, None] + column
-        normed = tl.load(h + offset, mask=mask, other=0.0).to(tl.float32) * scale
+        scaled = tl.load(h + offset, mask=mask, other=0.0).to(tl.float32) * scale
         offset = _row_offsets(index, heads, dy_row, dy_head)[:, None] + column
         grad = tl.load(dy + offset, mask=mask, other=0.0).to(tl.float32)
         if NEEDS_WEIGHT_GRAD:
-            gain_grad += grad * normed
+            gain_grad += grad * scaled
         grad *= tl.load(weight + column, mask=column < WIDTH, other=0.0).to(tl.float32)
-        shared = tl.sum(grad * normed, axis=1)[:, None] / WIDTH  # [ROWS, 1]
-        dx = scale * (grad - normed * shared)
+        shared = tl.sum(grad * scaled, axis=1)[:, None] / WIDTH  # [ROWS, 1]
+        dx = scale * (grad - scaled * shared)
         if HAS_RESIDUAL_GRAD:
             offset = _row_offsets(index, heads, residual_row, residual_head)[:, None] + column
             dx += tl.load(residual_grad + offset, mask=mask, other=0.0).to(tl.float32)
         offset = _row_offsets(index, heads, out_row, out_head)[:, None] + column
         tl.store(out + offset, dx.to(out.dtype.element_ty), mask=mask)
+        if WRITES_NORMED:
+            # the weight once more, from the cache: the registers to keep it are dweight's
+            y = scaled * tl.load(weight + column, mask=column < WIDTH, other=0.0).to(tl.float32)
+            offset = _row_offsets(index, heads, normed_row, normed_head)[:, None] + column
+            tl.store(normed + offset, y.to(normed.dtype.element_ty), mask=mask)
     if NEEDS_WEIGHT_GRAD:
         total = tl.sum(gain_grad, axis=0)[None, :]  # [1, BLOCK]
         tl.store(partial + program.to(tl.int64) * WIDTH + column, total, mask=column < WIDTH)
@@ -113,6 +134,7 @@ def rms_norm_forward(
     *,
     residual: torch.Tensor | None = None,
     out: torch.Tensor | None = None,
+    h_out: torch.Tensor | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """Normalise every row of `x`, or of `x + residual`; `rms_norm` is the one with gradients.
 
@@ -123,33 +145,55 @@ def rms_norm_forward(
         eps: added to the mean square.
         residual: as x, with strides of its own.
         out: where y goes: as x, with strides of its own, overlapping no input.
+        h_out: where x + residual goes: as x, with strides of its own. It may be `x` or `residual`
+            itself, the very same view, which is then overwritten; otherwise it overlaps nothing.
 
     Returns:
         y, in x's dtype: `out` if given; rstd, float32 (float64 of float64), contiguous, shape
-        x.shape[:-1]; and h, what was normalised: x itself, or with a residual a new contiguous
-        tensor.
+        x.shape[:-1]; and h, what was normalised: x itself, or with a residual `h_out` or a new
+        contiguous tensor.
 
     Raises:
-        UserError: a tensor's shape, dtype, device or strides do not fit.
+        UserError: a tensor's shape, dtype, device or strides do not fit; or `h_out` is given
+            although there is no residual.
     """
-    _check_rows("x", x, weight)
-    _check_like("x", x, residual=residual, out=out)
-    if not _launches(x):
-        return rms_norm_forward_reference(x, weight, eps, residual=residual, out=out)
-    y = _new_like(x) if out is None else out
-    h = x if residual is None else _new_like(x)
+    key = ready = None
+    if runs_triton(x):
+        weight, eps = weight.contiguous(), float(eps)
+        key = (eps, layout(x), layout(weight), layout(residual), layout(out), layout(h_out))
+        ready = _forward_launches.get(key)
+    if ready is None:
+        check_forward(x, weight, residual, out, h_out)
+        if key is None or x.shape[-1] > MAX_KERNEL_WIDTH:
+            return rms_norm_forward_reference(
+                x, weight, eps, residual=residual, out=out, h_out=h_out
+            )
+    y = new_like(x) if out is None else out
     rstd = torch.empty(x.shape[:-1], dtype=torch.float32, device=x.device)
+    second, h = x, x
+    if residual is not None:
+        second, h = residual, new_like(x) if h_out is None else h_out
+    tensors = (x, second, weight, y, rstd, h)
+    if ready is None:
+        _start_forward(key, tensors, eps, residual is not None)
+    else:
+        ready(*map(torch.Tensor.data_ptr, tensors))
+    return y, rstd, h
+
+
+def _start_forward(key, tensors, eps, has_residual):
+    x, second, _, y, rstd, h = tensors
     tile_rows, block, warps = _tile(x.shape[-1])
-    second = x if residual is None else residual
-    _forward_kernel[(triton.cdiv(rstd.numel(), tile_rows),)](
-        *(x, second, weight.contiguous(), y, rstd, h),
-        *(rstd.numel(), _heads(x), float(eps)),
-        *(*_strides(x), *_strides(second), *_strides(y)),
-        *(residual is not None, x.shape[-1], tile_rows, block),
+    numbers = (rstd.numel(), _heads(x), eps)
+    strides = (*_strides(x), *_strides(second), *_strides(y), *_strides(h))
+    constexprs = (has_residual, x.shape[-1], tile_rows, block)
+    _forward_launches.start(
+        *(key, _forward_kernel, (triton.cdiv(rstd.numel(), tile_rows),)),
+        tensors,
+        numbers + strides + constexprs,
         num_warps=warps,
         num_stages=1,
     )
-    return y, rstd, h
 
 
 def rms_norm_backward(
@@ -161,6 +205,7 @@ def rms_norm_backward(
     residual_grad: torch.Tensor | None = None,
     needs_weight_grad: bool = False,
     out: torch.Tensor | None = None,
+    normed: torch.Tensor | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
     """Gradients for h, which are those for x and for the residual alike, and for the weight.
 
@@ -174,6 +219,8 @@ def rms_norm_backward(
         needs_weight_grad: compute dweight too.
         out: where dx goes: as h, with strides of its own. It may be `residual_grad` or `dy` itself,
             which is then overwritten; otherwise it overlaps no input.
+        normed: written to if given: as h, with strides of its own, overlapping nothing. It gets y
+            once more, with the bits of the forward pass.
 
     Returns:
         dx, in h's dtype: `out` if given; and dweight, summed in float32 and returned in weight's
@@ -182,41 +229,55 @@ def rms_norm_backward(
     Raises:
         UserError: a tensor's shape, dtype, device or strides do not fit.
     """
-    _check_rows("h", h, weight)
-    _check_like("h", h, dy=dy, residual_grad=residual_grad, out=out)
-    _check_rstd(rstd, h)
-    backward = _launch_backward if _launches(h) else rms_norm_backward_reference
-    return backward(
-        *(dy, h, weight, rstd),
-        residual_grad=residual_grad,
-        needs_weight_grad=needs_weight_grad,
-        out=out,
-    )
-
-
-def _launch_backward(dy, h, weight, rstd, *, residual_grad, needs_weight_grad, out):
-    dx = _new_like(h) if out is None else out
-    second = h if residual_grad is None else residual_grad
-    tile_rows, block, warps = _tile(h.shape[-1])
-    tiles = triton.cdiv(rstd.numel(), tile_rows)
-    programs, partial = tiles, rstd
+    key = ready = None
+    if runs_triton(h):
+        weight = weight.contiguous()
+        given = (dy, h, weight, rstd, residual_grad, out, normed)
+        key = (needs_weight_grad, *map(layout, given))
+        ready = _backward_launches.get(key)
+    if ready is None:
+        check_backward(dy, h, weight, rstd, residual_grad, out, normed)
+        if key is None or h.shape[-1] > MAX_KERNEL_WIDTH:
+            return rms_norm_backward_reference(
+                *(dy, h, weight, rstd),
+                residual_grad=residual_grad,
+                needs_weight_grad=needs_weight_grad,
+                out=out,
+                normed=normed,
+            )
+    dx = new_like(h) if out is None else out
+    partial = rstd
     if needs_weight_grad:
-        programs = min(tiles, WEIGHT_GRAD_PROGRAMS)
+        programs = _weight_grad_programs(h) if ready is None else ready.grid[0]
         partial = torch.empty(programs, h.shape[-1], dtype=torch.float32, device=h.device)
-    _backward_kernel[(programs,)](
-        *(dy, h, weight.contiguous(), rstd, second, dx, partial),
-        *(rstd.numel(), _heads(h), tiles),
-        *(*_strides(dy), *_strides(h), *_strides(second), *_strides(dx)),
-        *(residual_grad is not None, needs_weight_grad, h.shape[-1], tile_rows, block),
-        num_warps=warps,
-        num_stages=1,
-    )
+    second = h if residual_grad is None else residual_grad
+    tensors = (dy, h, weight, rstd, second, dx, partial, h if normed is None else normed)
+    if ready is None:
+        flags = (residual_grad is not None, needs_weight_grad, normed is not None)
+        _start_backward(key, tensors, flags)
+    else:
+        ready(*map(torch.Tensor.data_ptr, tensors))
     return dx, partial.sum(0).to(weight.dtype) if needs_weight_grad else None
 
 
-def _launches(x: torch.Tensor) -> bool:
-    # the kernels compute in float32
-    return runs_triton(x) and x.dtype != torch.float64 and x.shape[-1] <= MAX_KERNEL_WIDTH
+def _start_backward(key, tensors, flags):
+    dy, h, _, rstd, second, dx, partial, normed = tensors
+    tile_rows, block, warps = _tile(h.shape[-1])
+    tiles = triton.cdiv(rstd.numel(), tile_rows)
+    numbers = (rstd.numel(), _heads(h), tiles)
+    strides = itertools.chain.from_iterable(map(_strides, (dy, h, second, dx, normed)))
+    _backward_launches.start(
+        *(key, _backward_kernel, (tiles if partial is rstd else len(partial),)),
+        tensors,
+        (*numbers, *strides, *flags, h.shape[-1], tile_rows, block),
+        num_warps=warps,
+        num_stages=1,
+    )
+
+
+def _weight_grad_programs(h: torch.Tensor) -> int:
+    tiles = triton.cdiv(h.shape[:-1].numel(), _tile(h.shape[-1])[0])
+    return min(tiles, WEIGHT_GRAD_PROGRAMS)
 
 
 def _tile(width: int) -> tuple[int, int, int]:
@@ -236,83 +297,6 @@ def _heads(x: torch.Tensor) -> int:
 
 def _strides(x: torch.Tensor) -> tuple[int, int]:
     return x.stride(0), x.stride(1) if x.dim() == 3 else 0
-
-
-def _new_like(x: torch.Tensor) -> torch.Tensor:
-    return torch.empty(x.shape, dtype=x.dtype, device=x.device)
-
-
-def _inner_dtype(x: torch.Tensor) -> torch.dtype:
-    return torch.float64 if x.dtype == torch.float64 else torch.float32
-
-
-def _has_dense_rows(x: torch.Tensor) -> bool:
-    return x.stride(-1) == 1 or x.shape[-1] <= 1
-
-
-def _check_rows(name: str, x: torch.Tensor, weight: torch.Tensor) -> None:
-    if not (x.dim() in (2, 3) and x.shape[-1] > 0 and x.dtype in _DTYPES and _has_dense_rows(x)):
-        shapes = "shape (rows, width) or (rows, heads, width), last stride 1"
-        raise _misfit(f"{name} has no rows to normalise", x, f"a float dtype, {shapes}")
-    if weight.shape != x.shape[-1:] or weight.dtype not in _DTYPES or weight.device != x.device:
-        allowed = f"a float dtype, shape {tuple(x.shape[-1:])} on {x.device}"
-        raise _misfit(f"weight does not fit {name}", weight, allowed)
-
-
-def _check_like(like: str, x: torch.Tensor, **others: torch.Tensor | None) -> None:
-    for name, other in others.items():
-        if other is None:
-            continue
-        same = (other.shape, other.dtype, other.device) == (x.shape, x.dtype, x.device)
-        if not (same and _has_dense_rows(other)):
-            allowed = f"{x.dtype}, shape {tuple(x.shape)}, last stride 1 on {x.device}"
-            raise _misfit(f"{name} does not fit {like}", other, allowed)
-
-
-def _check_rstd(rstd: torch.Tensor, h: torch.Tensor) -> None:
-    expected = (h.shape[:-1], _inner_dtype(h), h.device)
-    if (rstd.shape, rstd.dtype, rstd.device) != expected or not rstd.is_contiguous():
-        allowed = f"contiguous {_inner_dtype(h)}, shape {tuple(h.shape[:-1])} on {h.device}"
-        raise _misfit("rstd does not fit h", rstd, allowed)
-
-
-def _misfit(problem: str, x: torch.Tensor, allowed: str) -> UserError:
-    got = f"{x.dtype}, shape {tuple(x.shape)}, strides {x.stride()} on {x.device}"
-    return UserError(problem, got=got, allowed=allowed)
-
-
-@torch.no_grad()
-def rms_norm_forward_reference(x, weight, eps, *, residual=None, out=None):
-    """`rms_norm_forward` in torch."""
-    y = _new_like(x) if out is None else out
-    h = x if residual is None else torch.add(x, residual).contiguous()
-    wide = h.to(_inner_dtype(h))
-    scratch = wide.square()
-    rstd = scratch.mean(-1).add_(eps).rsqrt_().contiguous()
-    torch.mul(wide, rstd[..., None], out=scratch)
-    torch.mul(scratch, weight.to(wide.dtype), out=y)
-    return y, rstd, h
-
-
-@torch.no_grad()
-def rms_norm_backward_reference(
-    dy, h, weight, rstd, *, residual_grad=None, needs_weight_grad=False, out=None
-):
-    """`rms_norm_backward` in torch."""
-    dx = _new_like(h) if out is None else out
-    dtype, scale = _inner_dtype(h), rstd[..., None]
-    normed = h.to(dtype) * scale
-    grad = dy.to(dtype) * weight.to(dtype)
-    shared = (grad * normed).mean(-1, keepdim=True)
-    grad.addcmul_(normed, shared, value=-1)
-    weight_grad = None
-    if needs_weight_grad:
-        weight_grad = normed.mul_(dy).flatten(0, -2).sum(0).to(weight.dtype)
-    if residual_grad is None:
-        torch.mul(grad, scale, out=dx)
-    else:
-        torch.addcmul(residual_grad.to(dtype), grad, scale, out=dx)
-    return dx, weight_grad
 
 
 class _RMSNorm(torch.autograd.Function):
@@ -336,7 +320,7 @@ class _RMSNorm(torch.autograd.Function):
 def _as_rows(x: torch.Tensor) -> torch.Tensor:
     """`x` of any shape as (rows, width) or (rows, heads, width), copied only where it must be."""
     rows = x[None] if x.dim() == 1 else x.flatten(0, -3) if x.dim() > 3 else x
-    return rows if _has_dense_rows(rows) else rows.contiguous()
+    return rows if has_dense_rows(rows) else rows.contiguous()
 
 
 def rms_norm(x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
@@ -358,7 +342,7 @@ def rms_norm(x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
         tensor([[0.8485, 1.1314]])
     """
     if x.dim() == 0:
-        raise _misfit("x has no rows to normalise", x, "shape (..., width)")
+        raise misfit("x has no rows to normalise", x, "shape (..., width)")
     return _RMSNorm.apply(x, weight, eps)
 
 
@@ -368,10 +352,11 @@ def compile_cases() -> list[CompileCase]:
     for width, extra in itertools.product((128, 4096, 14336), (False, True)):
         name = f"{width}{' residual' if extra else ''}"
         cases.append(_case(_forward_kernel, f"rms_norm_forward {name}", width, HAS_RESIDUAL=extra))
-        for needs in (False, True):
+        for needs, writes in itertools.product((False, True), repeat=2):
             flags = {"HAS_RESIDUAL_GRAD": extra, "NEEDS_WEIGHT_GRAD": needs}
-            full_name = f"rms_norm_backward {name}{' dweight' if needs else ''}"
-            cases.append(_case(_backward_kernel, full_name, width, **flags))
+            outputs = f"{' dweight' if needs else ''}{' normed' if writes else ''}"
+            full_name = f"rms_norm_backward {name}{outputs}"
+            cases.append(_case(_backward_kernel, full_name, width, **flags, WRITES_NORMED=writes))
     return cases
 
 

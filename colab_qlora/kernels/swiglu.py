@@ -16,7 +16,7 @@ gradient of the projection behind it needs m, and keeping it would cost 2 bytes 
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Hashable
 from typing import Any
 
 import torch
@@ -25,6 +25,8 @@ from torch.autograd.function import once_differentiable
 from colab_qlora.errors import UserError
 from colab_qlora.kernels.backend import runs_triton, tl, triton
 from colab_qlora.kernels.compile_case import HALF, CompileCase
+from colab_qlora.kernels.launch import ReadyLaunches, address, layout
+from colab_qlora.kernels.swiglu_reference import glu_reference_backward, glu_reference_forward
 
 ACTIVATIONS = ("silu", "gelu_tanh", "gelu")
 
@@ -46,8 +48,8 @@ _DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 # two 16-byte loads of half values for each of a program's 128 threads and each tensor
 TILE_ELEMENTS = 2048
 
-# the reference's float32 copies of one chunk of rows, 1 MB each, stay in a CPU's cache
-CHUNK_ELEMENTS = 1 << 18
+_forward_launches = ReadyLaunches()
+_backward_launches = ReadyLaunches()
 
 
 @triton.jit
@@ -137,7 +139,13 @@ def _backward_kernel(
         tl.store(m + row * m_row + column, value.to(m.dtype.element_ty), mask=mask)
 
 
-def _launch(kernel: Any, *tensors: torch.Tensor | None, activation: str, **flags: bool) -> None:
+def _start(
+    launches: ReadyLaunches,
+    key: Hashable,
+    kernel: Any,
+    tensors: tuple[torch.Tensor | None, ...],
+    flags: tuple[Any, ...],
+) -> None:
     """Launch over the shape of the first; a kernel takes tensors, tokens, width, row strides."""
     gate = tensors[0]
     assert gate is not None
@@ -145,61 +153,8 @@ def _launch(kernel: Any, *tensors: torch.Tensor | None, activation: str, **flags
     block = min(TILE_ELEMENTS, triton.next_power_of_2(width))
     rows = TILE_ELEMENTS // block
     strides = [0 if tensor is None else tensor.stride(0) for tensor in tensors]
-    kernel[(triton.cdiv(tokens, rows), triton.cdiv(width, block))](
-        *tensors, tokens, width, *strides, ACTIVATION=activation, ROWS=rows, BLOCK=block, **flags
-    )
-
-
-def _row_chunks(tensor: torch.Tensor) -> Iterator[slice]:
-    tokens, width = tensor.shape
-    rows = max(1, CHUNK_ELEMENTS // width)
-    return (slice(start, start + rows) for start in range(0, tokens, rows))
-
-
-def _wide(tensor: torch.Tensor) -> torch.Tensor:
-    return tensor if tensor.dtype == torch.float64 else tensor.float()
-
-
-def _act(gate: torch.Tensor, activation: str) -> torch.Tensor:
-    if activation == "silu":
-        return torch.nn.functional.silu(gate)
-    approximate = "tanh" if activation == "gelu_tanh" else "none"
-    return torch.nn.functional.gelu(gate, approximate=approximate)
-
-
-def _act_backward(grad: torch.Tensor, gate: torch.Tensor, activation: str) -> torch.Tensor:
-    if activation == "silu":
-        return torch.ops.aten.silu_backward(grad, gate)
-    approximate = "tanh" if activation == "gelu_tanh" else "none"
-    return torch.ops.aten.gelu_backward(grad, gate, approximate=approximate)
-
-
-@torch.no_grad()
-def _reference_forward(
-    gate: torch.Tensor, up: torch.Tensor, out: torch.Tensor, activation: str
-) -> None:
-    for rows in _row_chunks(gate):
-        out[rows] = _act(_wide(gate[rows]), activation).mul_(up[rows])
-
-
-@torch.no_grad()
-def _reference_backward(
-    gate: torch.Tensor,
-    up: torch.Tensor,
-    dm: torch.Tensor,
-    d_gate: torch.Tensor,
-    d_up: torch.Tensor,
-    m: torch.Tensor | None,
-    activation: str,
-) -> None:
-    for rows in _row_chunks(gate):
-        d, g, u = _wide(dm[rows]), _wide(gate[rows]), _wide(up[rows])
-        act = _act(g, activation)
-        # all three are computed before the first is written: outputs may be the inputs
-        gate_grad, up_grad = _act_backward(d * u, g, activation), d * act
-        if m is not None:
-            m[rows] = act.mul_(u)
-        d_gate[rows], d_up[rows] = gate_grad, up_grad
+    grid = (triton.cdiv(tokens, rows), triton.cdiv(width, block))
+    launches.start(key, kernel, grid, tensors, (tokens, width, *strides, *flags, rows, block))
 
 
 class _GatedLinearUnit(torch.autograd.Function):
@@ -224,7 +179,7 @@ def _as_rows(tensor: torch.Tensor) -> torch.Tensor:
 
 
 def _new_like(gate: torch.Tensor) -> torch.Tensor:
-    return torch.empty(gate.shape, dtype=gate.dtype, device=gate.device)
+    return torch.empty_like(gate, memory_format=torch.contiguous_format)
 
 
 def _check(activation: str, gate: torch.Tensor, **others: torch.Tensor | None) -> None:
@@ -280,14 +235,19 @@ def glu_forward(
     Raises:
         UserError: another activation, shapes or devices that differ, or gaps inside a row.
     """
-    _check(activation, gate=gate, up=up, out=out)
-    out = _new_like(gate) if out is None else out
-    if not gate.numel():
-        return out
+    key = ready = None
     if runs_triton(gate):
-        _launch(_forward_kernel, gate, up, out, activation=activation)
-    else:
-        _reference_forward(gate, up, out, activation)
+        key = (activation, layout(gate), layout(up), layout(out))
+        ready = _forward_launches.get(key)
+    if ready is None:
+        _check(activation, gate=gate, up=up, out=out)
+    out = _new_like(gate) if out is None else out
+    if ready is not None:
+        ready(gate.data_ptr(), up.data_ptr(), out.data_ptr())
+    elif key is not None and gate.numel():
+        _start(_forward_launches, key, _forward_kernel, (gate, up, out), (activation,))
+    elif gate.numel():
+        glu_reference_forward(gate, up, out, activation)
     return out
 
 
@@ -321,17 +281,25 @@ def glu_backward(
     Raises:
         UserError: as `glu_forward`; or `m` is given although it is not to be rebuilt.
     """
-    _check(activation, gate=gate, up=up, dm=dm, d_gate=d_gate, d_up=d_up, m=m)
-    if m is not None and not rebuild:
-        raise UserError("m is given but not to be rebuilt", got="rebuild=False", allowed="m=None")
+    key = ready = None
+    if runs_triton(gate):
+        key = (activation, rebuild, *map(layout, (gate, up, dm, d_gate, d_up, m)))
+        ready = _backward_launches.get(key)
+    if ready is None:
+        _check(activation, gate=gate, up=up, dm=dm, d_gate=d_gate, d_up=d_up, m=m)
+        if m is not None and not rebuild:
+            problem = "m is given but not to be rebuilt"
+            raise UserError(problem, got="rebuild=False", allowed="m=None")
     d_gate = _new_like(gate) if d_gate is None else d_gate
     d_up = _new_like(gate) if d_up is None else d_up
     m = _new_like(gate) if m is None and rebuild else m
     tensors = (gate, up, dm, d_gate, d_up, m)
-    if gate.numel() and runs_triton(gate):
-        _launch(_backward_kernel, *tensors, activation=activation, REBUILD=rebuild)
+    if ready is not None:
+        ready(*map(address, tensors))
+    elif key is not None and gate.numel():
+        _start(_backward_launches, key, _backward_kernel, tensors, (activation, rebuild))
     elif gate.numel():
-        _reference_backward(*tensors, activation)
+        glu_reference_backward(*tensors, activation)
     return d_gate, d_up, m
 
 

@@ -14,11 +14,15 @@ from colab_qlora.kernels.attention import (
     attention_forward,
     choose_attention,
 )
+from colab_qlora.kernels.copy_rows import copy_rows
+from colab_qlora.kernels.qkv_gradients import place_qkv_gradients
 from colab_qlora.kernels.rms_norm import rms_norm_backward, rms_norm_forward
 from colab_qlora.kernels.rope import rope_
 from colab_qlora.layers.gradients import Gradients
 from colab_qlora.layers.layer_parts import LayerParts, Norm, Pass
+from colab_qlora.layers.linear_group import LinearGroup
 from colab_qlora.layers.saved import SavedTensors
+from colab_qlora.layers.scratch import Wide, wide_of
 
 Heads = tuple[torch.Tensor, torch.Tensor, torch.Tensor]
 
@@ -47,7 +51,7 @@ def rebuild_attention(parts: LayerParts, run: Pass, saved: SavedTensors) -> dict
 
 
 def attention_half_backward(
-    dh1: torch.Tensor,
+    dh1: Wide,
     have: dict[str, torch.Tensor],
     parts: LayerParts,
     run: Pass,
@@ -55,12 +59,14 @@ def attention_half_backward(
     *,
     needs_dx: bool,
 ) -> torch.Tensor | None:
-    """Gradient of h0 from that of h1 (tokens, width); parameters' gradients go into `gradients`."""
+    """Gradient of h0 from that of h1, which has o_proj's spare columns beside it.
+
+    The parameters' gradients go into `gradients`.
+    """
     do = _through_o(dh1, have, parts, run, gradients)
-    dy = parts.qkv.wide("d_qkv", dh1.shape[0], parts.qkv.out_features, dh1)
-    heads = (dh1.shape[0], parts.q_heads, parts.head_dim)
-    dq, dk, dv = d_heads = _heads(dy, parts)
-    attention_backward(
+    tokens = dh1.main.shape[0]
+    heads = (tokens, parts.q_heads, parts.head_dim)
+    found = attention_backward(
         do.view(heads),
         *_rotated(have["q"], have["k"], parts, run),
         have["v"],
@@ -68,16 +74,19 @@ def attention_half_backward(
         have["lse"],
         run.attention,
         backend=run.backend,
-        dq=dq,
-        dk=dk,
-        dv=dv,
     )
-    _unrotate_(d_heads, have, parts, run, gradients)
-    return _through_qkv(dy, dh1, have, parts, run, gradients, needs_dx=needs_dx)
+    width = parts.qkv.out_features
+    dy = wide_of(do.new_empty((tokens, width + parts.qkv.spare_columns(do.device))), width)
+    d_heads = _heads(dy.main, parts)
+    cos, sin = (run.cos, run.sin) if parts.uses_rope else (None, None)
+    place_qkv_gradients(*found, cos, sin, *d_heads)
+    del found  # as large as what it was placed into
+    _through_head_norms(d_heads, have, parts, gradients)
+    return _through_qkv(dy, dh1.main, have, parts, run, gradients, needs_dx=needs_dx)
 
 
 def _through_o(
-    dh1: torch.Tensor,
+    dh1: Wide,
     have: dict[str, torch.Tensor],
     parts: LayerParts,
     run: Pass,
@@ -85,17 +94,15 @@ def _through_o(
 ) -> torch.Tensor:
     """Gradient of the attention's output."""
     group, call = parts.o, run.call("o")
-    dy = group.wide("x", dh1.shape[0], group.out_features, dh1)
-    dy[:, : group.out_features] = dh1
     do = torch.empty_like(have["o"])
-    group.input_gradient(dy, do, call)
-    found = group.parameter_gradients(dy, have["o"], have["xa_o"], call, dx=do, lead=run.lead)
+    group.input_gradient(dh1, do, call)
+    found = group.parameter_gradients(dh1, have["o"], have["xa_o"], call, dx=do, lead=run.lead)
     gradients.add_all(group.trainable(), found)
     return do
 
 
 def _through_qkv(
-    dy: torch.Tensor,
+    dy: Wide,
     dh1: torch.Tensor,
     have: dict[str, torch.Tensor],
     parts: LayerParts,
@@ -106,21 +113,48 @@ def _through_qkv(
 ) -> torch.Tensor | None:
     """Gradient of h0, from that of q, k and v and over the residual."""
     group, call, norm = parts.qkv, run.call("qkv"), parts.norm1
-    x = run.scratch.get("x", tuple(have["h0"].shape), dh1.dtype, dh1.device)
-    _, rstd, _ = rms_norm_forward(have["h0"], norm.weight, norm.eps, out=x)
-    needs_norm = needs_dx or norm.weight.requires_grad
-    dn = torch.empty_like(dh1) if needs_norm else None
+    h0 = have["h0"]
+    x = run.scratch.get("x", h0.shape, h0.dtype, h0.device)
+    needs_weight = norm.weight.requires_grad
+    dn = torch.empty_like(h0) if needs_dx or needs_weight else None
     group.input_gradient(dy, dn, call)
-    found = group.parameter_gradients(dy, x, have["xa_qkv"], call, dx=dn, lead=run.lead)
-    gradients.add_all(group.trainable(), found)
+    # the norm's backward pass writes the norm's output on its way, unless it is wanted before
+    comes_late = dn is not None and not group.has_modules and "rstd1" in have
+    if comes_late:
+        rstd = have["rstd1"]
+    else:
+        _, rstd, _ = rms_norm_forward(h0, norm.weight, norm.eps, out=x)
+        _add_gradients(group, dy, x, have["xa_qkv"], run, dn, gradients)
     if dn is None:
         return None
-    needs_weight = norm.weight.requires_grad
-    dh0, dw = rms_norm_backward(
-        dn, have["h0"], norm.weight, rstd, residual_grad=dh1, needs_weight_grad=needs_weight
+    below = run.scratch.offer(dn, parts.down.spare_columns(dn.device))
+    _, dw = rms_norm_backward(
+        dn,
+        h0,
+        norm.weight,
+        rstd,
+        residual_grad=dh1,
+        needs_weight_grad=needs_weight,
+        out=below,
+        normed=x if comes_late else None,
     )
     gradients.add(norm.weight, dw)
-    return dh0
+    if comes_late:
+        _add_gradients(group, dy, x, have["xa_qkv"], run, dn, gradients)
+    return below
+
+
+def _add_gradients(
+    group: LinearGroup,
+    dy: Wide,
+    x: torch.Tensor,
+    products: torch.Tensor,
+    run: Pass,
+    dn: torch.Tensor | None,
+    gradients: Gradients,
+) -> None:
+    found = group.parameter_gradients(dy, x, products, run.call("qkv"), dx=dn, lead=run.lead)
+    gradients.add_all(group.trainable(), found)
 
 
 def _projected(
@@ -133,8 +167,8 @@ def _projected(
     """norm -> one GEMM -> rotation, or some of q, k, v alone; head norms put the rotation off."""
     group = parts.qkv
     wide = group.wide("x", h0.shape[0], group.in_features, h0)
-    x = wide[:, : group.in_features]
-    rms_norm_forward(h0, parts.norm1.weight, parts.norm1.eps, out=x)
+    _, rstd, _ = rms_norm_forward(h0, parts.norm1.weight, parts.norm1.eps, out=wide.main)
+    saved.put("rstd1", rstd)
     y = h0.new_empty((h0.shape[0], group.out_features))
     products = group.forward(wide, y, run.call("qkv"), only=only, lead=run.lead)
     saved.put("xa_qkv", products, is_scratch=True)
@@ -162,16 +196,10 @@ def _rotated(
     return q, k
 
 
-def _unrotate_(
-    d_heads: Heads,
-    have: dict[str, torch.Tensor],
-    parts: LayerParts,
-    run: Pass,
-    gradients: Gradients,
+def _through_head_norms(
+    d_heads: Heads, have: dict[str, torch.Tensor], parts: LayerParts, gradients: Gradients
 ) -> None:
-    """Turn the gradients of rotated q and k into those of the projections, in place."""
-    if parts.uses_rope:
-        rope_(d_heads[0], d_heads[1], run.cos, run.sin, inverse=True)
+    """Turn the gradients of normed q and k into those of the projections, in place."""
     if parts.q_norm is None or parts.k_norm is None:
         return
     for gradient, name, norm in (
@@ -217,10 +245,10 @@ def _joined(
     run: Pass,
     saved: SavedTensors | _Rebuilt,
 ) -> torch.Tensor:
-    wide = o
+    wide = wide_of(o, parts.o.in_features)
     if parts.o.spare_columns(o.device):
         wide = parts.o.wide("x", o.shape[0], parts.o.in_features, o)
-        wide[:, : parts.o.in_features] = o
+        copy_rows(o, wide.main)
     h1 = saved.get("h1")
     only: frozenset[int] | None = frozenset()
     if h1 is None:
@@ -233,11 +261,10 @@ def _joined(
 
 def _heads(y: torch.Tensor, parts: LayerParts) -> Heads:
     """Views of q, k and v in the columns of one buffer, (tokens, heads, head_dim) each."""
-    q_end = parts.q_heads * parts.head_dim
-    k_end = q_end + parts.kv_heads * parts.head_dim
-    v_end = k_end + parts.kv_heads * parts.head_dim
-    columns = ((0, q_end), (q_end, k_end), (k_end, v_end))
-    q, k, v = (y[:, a:b].unflatten(1, (-1, parts.head_dim)) for a, b in columns)
+    heads = parts.q_heads + 2 * parts.kv_heads
+    row, width = y.stride(0), parts.head_dim
+    whole = y.as_strided((y.shape[0], heads, width), (row, width, 1))
+    q, k, v = whole.split((parts.q_heads, parts.kv_heads, parts.kv_heads), 1)
     return q, k, v
 
 
@@ -247,7 +274,7 @@ class _Rebuilt:
     def __init__(self, saved: SavedTensors) -> None:
         self._saved = saved
         self.tensors: dict[str, torch.Tensor] = {}
-        for name in ("h0", "q", "k", "v", "o", "lse", "h1", "xa_qkv", "xa_o"):
+        for name in ("h0", "rstd1", "q", "k", "v", "o", "lse", "h1", "xa_qkv", "xa_o"):
             tensor = saved.get(name)
             if tensor is not None:
                 self.tensors[name] = tensor

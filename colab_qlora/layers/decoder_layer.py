@@ -1,7 +1,7 @@
 """A whole decoder layer as one autograd.Function that owns what it keeps.
 
 Autograd would keep 185 to 374 KB a token of an 8B layer, and a graph node an op; this keeps the
-tensors that a plan names (94,560 bytes a token at most, `saved.py`) and is one node. It saves
+tensors that a plan names (94,568 bytes a token at most, `saved.py`) and is one node. It saves
 nothing through autograd itself, so its backward pass can run once: a second one raises an error.
 """
 
@@ -13,7 +13,8 @@ import torch
 from torch.autograd.function import once_differentiable
 
 from colab_qlora.errors import UserError
-from colab_qlora.layers.accumulation import float32_sums
+from colab_qlora.kernels.copy_rows import copy_rows
+from colab_qlora.layers.accumulation import float32_sums, no_autocast
 from colab_qlora.layers.attention_half import (
     attention_half,
     attention_half_backward,
@@ -23,6 +24,7 @@ from colab_qlora.layers.gradients import Gradients
 from colab_qlora.layers.layer_parts import LayerParts, Pass
 from colab_qlora.layers.mlp_half import mlp_half, mlp_half_backward
 from colab_qlora.layers.saved import SavedTensors
+from colab_qlora.layers.scratch import Wide, wide_of
 
 
 def layer_forward(
@@ -30,26 +32,30 @@ def layer_forward(
 ) -> torch.Tensor:
     """Output of the layer, (tokens, width), without a graph; `saved` gets what its plan names."""
     run.scratch.forget_contents()
-    with torch.no_grad(), torch.autocast(h0.device.type, enabled=False), float32_sums(h0):
+    with torch.no_grad(), no_autocast(h0), float32_sums(h0):
         saved.put("h0", h0)
         h1 = attention_half(h0, parts, run, saved)
         return mlp_half(h1, parts, run, saved)
 
 
 def layer_backward(
-    dh2: torch.Tensor,
+    dh2: Wide,
     parts: LayerParts,
     run: Pass,
     saved: SavedTensors,
     *,
     needs_dx: bool = True,
 ) -> tuple[torch.Tensor | None, Gradients]:
-    """Gradient of the layer's input, (tokens, width), and those of its parameters."""
+    """Gradient of the layer's input, (tokens, width), and those of its parameters.
+
+    `dh2` has the spare columns of down_proj beside it.
+    """
     run.scratch.forget_contents()
     gradients = Gradients()
-    with torch.no_grad(), torch.autocast(dh2.device.type, enabled=False), float32_sums(dh2):
+    with torch.no_grad(), no_autocast(dh2.main), float32_sums(dh2.main):
         have = rebuild_attention(parts, run, saved)
-        dh1 = mlp_half_backward(dh2, have["h1"], parts, run, saved, gradients)
+        # nothing after it needs h1
+        dh1 = mlp_half_backward(dh2, have.pop("h1"), parts, run, saved, gradients)
         dh0 = attention_half_backward(dh1, have, parts, run, gradients, needs_dx=needs_dx)
     return dh0, gradients
 
@@ -89,13 +95,27 @@ class _FusedLayer(torch.autograd.Function):
             )
         saved, ctx.saved = ctx.saved, None
         try:
-            flat = dh.reshape(-1, dh.shape[-1]).contiguous()
             needs_dx = ctx.needs_input_grad[0]
-            dh0, gradients = layer_backward(flat, ctx.parts, ctx.run, saved, needs_dx=needs_dx)
+            dh0, gradients = layer_backward(
+                _widened(dh, ctx.parts, ctx.run), ctx.parts, ctx.run, saved, needs_dx=needs_dx
+            )
         finally:
             saved.release()
         dx = dh0.view(dh.shape) if needs_dx and dh0 is not None else None
         return (dx, None, None, None, *(gradients.of(p) for p in ctx.trainable))
+
+
+def _widened(dh: torch.Tensor, parts: LayerParts, run: Pass) -> Wide:
+    """The gradient of the output as (tokens, width), with room for down_proj's products."""
+    flat = dh.reshape(-1, dh.shape[-1])
+    wide = run.scratch.taken(flat, parts.down.spare_columns(dh.device))
+    if wide is None:
+        tokens, width = flat.shape
+        # only the last layer of a model comes here: no scratch, which would stand by for good
+        room = parts.down.spare_columns(dh.device)
+        wide = wide_of(dh.new_empty((tokens, width + room)), width)
+        copy_rows(flat if flat.stride(1) == 1 else flat.contiguous(), wide.main)
+    return wide
 
 
 def fused_layer(

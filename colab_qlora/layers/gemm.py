@@ -12,15 +12,15 @@ def multiply_into(
     bias: torch.Tensor | None,
     residual: torch.Tensor | None,
 ) -> None:
-    """out = x weight^T + bias + residual."""
+    """out = x weight + bias + residual."""
     if residual is not None:
-        torch.addmm(residual, x, weight.t(), out=out)
+        torch.addmm(residual, x, weight, out=out)
         if bias is not None:
             out += bias
     elif bias is not None:
-        torch.addmm(bias, x, weight.t(), out=out)
+        torch.addmm(bias, x, weight, out=out)
     else:
-        torch.mm(x, weight.t(), out=out)
+        torch.mm(x, weight, out=out)
 
 
 def accumulate(out: torch.Tensor, a: torch.Tensor, b: torch.Tensor, is_first: bool) -> None:
@@ -32,11 +32,9 @@ def accumulate(out: torch.Tensor, a: torch.Tensor, b: torch.Tensor, is_first: bo
 
 
 def parameter_gradient(
-    left: torch.Tensor, right: torch.Tensor, parameter: torch.nn.Parameter, scale: float = 1.0
+    left: torch.Tensor, right: torch.Tensor, parameter: torch.nn.Parameter
 ) -> torch.Tensor:
-    """scale * left^T right in the parameter's dtype."""
+    """left^T right in the parameter's dtype."""
     if left.is_cuda and left.dtype != parameter.dtype == torch.float32:
-        product = torch.mm(left.t(), right, out_dtype=torch.float32)
-    else:
-        product = torch.mm(left.t(), right).to(parameter.dtype)
-    return product if scale == 1.0 else product.mul_(scale)
+        return torch.mm(left.t(), right, out_dtype=torch.float32)
+    return torch.mm(left.t(), right).to(parameter.dtype)

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import functools
 from dataclasses import dataclass, field
+from typing import NamedTuple
 
 import torch
 
@@ -47,15 +49,48 @@ class LayerParts:
     uses_rope: bool = True
     window: int | None = None
 
+    def groups(self) -> tuple[LinearGroup, ...]:
+        return self.qkv, self.o, self.gate_up, self.down
+
     def norms(self) -> list[Norm]:
         return [n for n in (self.norm1, self.norm2, self.q_norm, self.k_norm) if n is not None]
 
     def trainable(self) -> list[torch.nn.Parameter]:
         """All parameters that a gradient is returned for, in a fixed order, each once."""
+        return self._trainable
+
+    @functools.cached_property
+    def draws_in_mlp(self) -> bool:
+        """True if random numbers may be drawn in the MLP half."""
+        return any(
+            group.has_modules or any(block.dropout for _, _, block in group.blocks)
+            for group in (self.gate_up, self.down)
+        )
+
+    @functools.cached_property
+    def mlp_is_plain(self) -> bool:
+        """True if each linear of the MLP has one adapter, which learns, and nothing draws."""
+        groups = (self.gate_up, self.down)
+        blocks = [entry for group in groups for entry in group.blocks]
+        return (
+            not self.draws_in_mlp
+            and [index for index, _, _ in blocks] == [0, 1, 0]
+            and all(b.a.requires_grad and b.b.requires_grad for _, _, b in blocks)
+        )
+
+    @functools.cached_property
+    def _trainable(self) -> list[torch.nn.Parameter]:
         found = [n.weight for n in self.norms() if n.weight.requires_grad]
-        for group in (self.qkv, self.o, self.gate_up, self.down):
+        for group in self.groups():
             found += group.trainable()
         return list({id(p): p for p in found}.values())
+
+
+class MlpChunks(NamedTuple):
+    """Most tokens that the MLP half works on at a time, forward and backward; None: all."""
+
+    forward: int | None = None
+    backward: int | None = None
 
 
 @dataclass
@@ -68,7 +103,7 @@ class Pass:
         lead: leading shape of the hidden states, (batch, length).
         autocast: whether the caller runs under autocast, and its dtype.
         backend: the attention that runs, chosen at the first call and kept for the backward pass.
-        mlp_tokens: the MLP half works on at most this many tokens at a time (None: all).
+        mlp_chunks: how many tokens the MLP half works on at a time.
         calls: what each group has to remember.
     """
 
@@ -78,14 +113,15 @@ class Pass:
     lead: tuple[int, ...]
     scratch: Scratch
     autocast: tuple[bool, torch.dtype] = (False, torch.bfloat16)
-    mlp_tokens: int | None = None
+    mlp_chunks: MlpChunks = MlpChunks()
     backend: str | None = None
     calls: dict[str, GroupCall] = field(default_factory=dict)
 
     def call(self, name: str) -> GroupCall:
         return self.calls.setdefault(name, GroupCall(self.autocast))
 
-    def token_chunks(self, tokens: int) -> list[slice]:
-        """Slices that cover the tokens; at least one, also of an empty batch."""
-        size = min(self.mlp_tokens or tokens, tokens) or 1
-        return [slice(i, min(i + size, tokens)) for i in range(0, max(tokens, 1), size)]
+
+def token_chunks(tokens: int, most: int | None) -> list[slice]:
+    """Slices of at most so many tokens that cover all; at least one, also of an empty batch."""
+    size = min(most or tokens, tokens) or 1
+    return [slice(i, min(i + size, tokens)) for i in range(0, max(tokens, 1), size)]

@@ -1,6 +1,7 @@
 """Read what a linear layer is made of: base weight, bias, LoRA blocks; or why it cannot be fused.
 
-It is read again at every pass, since PEFT may switch, merge or disable adapters in between.
+PEFT may switch, merge or disable adapters between any two passes, so what was read holds as long as
+what `watch_linear` watches is as it was.
 """
 
 from __future__ import annotations
@@ -10,6 +11,8 @@ from dataclasses import dataclass, field
 from typing import Any, Literal
 
 import torch
+
+from colab_qlora.layers.watch import Watch
 
 Kind = Literal["nf4", "fp4", "dense", "module"]
 
@@ -62,6 +65,18 @@ class LinearPart:
         """Ranks of all active adapters together."""
         return sum(block.rank for block in self.blocks)
 
+    def addresses(self) -> tuple[int, ...]:
+        """Where the weight and, of a 4-bit one, everything that decodes it stand."""
+        state = getattr(self.weight, "quant_state", None)
+        if state is None:
+            return (self.weight.data_ptr(),)
+        found = (self.weight.data_ptr(), state.absmax.data_ptr(), state.code.data_ptr())
+        nested = state.state2
+        if nested is None:
+            return found
+        # `.to()` moves each of them by itself
+        return (*found, state.offset.data_ptr(), nested.absmax.data_ptr(), nested.code.data_ptr())
+
     def trainable(self) -> list[torch.nn.Parameter]:
         """Parameters whose gradient the fused layer has to return, in a fixed order."""
         if self.kind == "module":
@@ -94,6 +109,51 @@ def read_linear(name: str, module: torch.nn.Module) -> LinearPart:
         module=module,
         blocks=() if reason else blocks,
         reason=reason,
+    )
+
+
+def watch_linear(module: torch.nn.Module, watch: Watch) -> None:
+    """Watch everything that the answer of `read_linear` follows from."""
+    watch.module(module)
+    inside = module.__dict__["_modules"]
+    base = watch.item(inside, "base_layer")
+    if base is None:
+        base = module
+    else:
+        watch.module(base)
+    watch.parameters(base)
+    weight = base.__dict__["_parameters"].get("weight")
+    if hasattr(weight, "quant_state"):
+        watch.attribute(weight, "quant_state")
+        if weight.quant_state is not None:
+            watch.attribute(weight.quant_state, "packing_format_for_cpu", "quant_type")
+    if "lora_A" not in inside:
+        return
+    peft: Any = module
+    watch.attribute(module, "_disable_adapters", "_active_adapter", "merged_adapters")
+    watch.contents(peft.merged_adapters)
+    active = peft._active_adapter
+    if isinstance(active, list):
+        watch.contents(active)
+    for name in [active] if isinstance(active, str) else active:
+        watch.item(peft.scaling, name)
+        watch.item(getattr(peft, "lora_variant", {}), name)
+        for part in ("lora_A", "lora_B", "lora_dropout"):
+            adapter = watch.item(inside[part].__dict__["_modules"], name)
+            if adapter is not None:
+                watch.module(adapter)
+                watch.parameters(adapter)
+                watch.attribute(adapter, "training", "p")
+
+
+def _is_watched(own: dict[str, Any]) -> bool:
+    """True if a module with these attributes has hooks, or its forward is replaced."""
+    return bool(
+        own["_forward_hooks"]
+        or own["_forward_pre_hooks"]
+        or own["_backward_hooks"]
+        or own["_backward_pre_hooks"]
+        or "forward" in own
     )
 
 
@@ -150,10 +210,4 @@ def _hooked(module: torch.nn.Module) -> str:
     """Say why the module has to be called itself: someone watches or replaces its forward."""
     if "forward" in module.__dict__:
         return "its forward is replaced"
-    hooks = (
-        module._forward_hooks,
-        module._forward_pre_hooks,
-        module._backward_hooks,
-        module._backward_pre_hooks,
-    )
-    return "it has hooks" if any(hooks) else ""
+    return "it has hooks" if _is_watched(module.__dict__) else ""

@@ -2,38 +2,42 @@
 
 For linears W_i with adapters (A_i, B_i, s_i) that share the input X (tokens, in):
 
-    forward    Y  = [X | X A^T] [W | s B]^T
-    backward   dX = [dY | dY s B] [W ; A]     dA = (dY s B)^T X     dB = s dY^T (X A^T)
+    forward    Y  = [X | X sA^T] [W | B]^T
+    backward   dX = [dY | dY sB] [W ; A]      dA = (dY sB)^T X      dB = dY^T (X sA^T)
 
 where W stacks the W_i, A stacks the A_i and B is block-diagonal. The rank-r work rides in a few
 columns more of the big GEMM, which cost nothing measurable there (0.5 % at 64 columns), where
 separate GEMMs beside it cost up to a fifth of it, and the sum is rounded once instead of twice.
 
+The scale s goes with A forward and with B backward, so that neither gradient has to be scaled.
+
 The weight is decoded from NF4 into a scratch buffer whose rows are wide enough for B; the input
-buffer is wide enough for X A^T, and the gradient buffer for dY s B. A linear that cannot be
+buffer is wide enough for X sA^T, and the gradient buffer for dY sB. A linear that cannot be
 decoded (`kind == "module"`) is called as it is, and differentiated by autograd in the backward
 pass. LoRA dropout draws its mask from a seed, so that the backward pass can draw it again.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 
-from colab_qlora.kernels.lora_borders import Border, lora_borders_
-from colab_qlora.layers.decode import decode_weights
+from colab_qlora.layers.decode import GroupDecoder
 from colab_qlora.layers.gemm import accumulate, multiply_into, parameter_gradient
 from colab_qlora.layers.gradients import Gradients
 from colab_qlora.layers.linear import LinearPart, LoraBlock
 from colab_qlora.layers.lora_dropout import drop, dropped_gradient_
 from colab_qlora.layers.module_call import ModuleCall
-from colab_qlora.layers.scratch import Scratch
+from colab_qlora.layers.scratch import Scratch, Wide
 from colab_qlora.layers.span import Span, spans_of
 
-# GEMM tiles on tensor cores are 64 deep: fewer spare columns would cost the same
-PADDING = {"cuda": 64}
+# GEMM tiles on tensor cores are 64 deep: fewer spare columns would cost the same. On a CPU rows
+# then start at cache lines; where they do not, MKL sums in an order that depends on their stride,
+# and a layer that recomputes gives other bits than one that keeps
+PADDING = {"cuda": 64, "cpu": 16}
 
 
 @dataclass
@@ -46,7 +50,7 @@ class GroupCall:
 
 
 class LinearGroup:
-    """One pass over linears with a common input.
+    """Linears with a common input, as long as what `watch_linear` watches is as it was.
 
     Args:
         parts: the linears, in the order of their outputs.
@@ -64,7 +68,6 @@ class LinearGroup:
     ) -> None:
         self.parts = tuple(parts)
         self.scratch = scratch
-        self.slot = slot
         self.max_weight_bytes = max_weight_bytes
         self.in_features = self.parts[0].in_features
         self.rows = [0]
@@ -78,24 +81,27 @@ class LinearGroup:
                 self.blocks.append((index, column, block))
                 column += block.rank
         self.rank = column
+        self.has_modules = any(part.kind == "module" for part in self.parts)
+        self._decoder = GroupDecoder(self.parts, self.rows, self.blocks, scratch, slot)
+        self._spans_by: dict[Any, list[Span]] = {}
+        self._trainable = list({id(p): p for q in self.parts for p in q.trainable()}.values())
 
     def spare_columns(self, device: torch.device) -> int:
         """Columns beside the input or the output gradient that the rank-r products need."""
         padding = PADDING.get(device.type, 1)
         return -(-self.rank // padding) * padding
 
-    def wide(self, slot: str, tokens: int, width: int, like: torch.Tensor) -> torch.Tensor:
+    def wide(self, slot: str, tokens: int, width: int, like: torch.Tensor) -> Wide:
         """A scratch buffer (tokens, width + spare columns) in the dtype of `like`."""
-        shape = (tokens, width + self.spare_columns(like.device))
-        return self.scratch.get(slot, shape, like.dtype, like.device)
+        return self.scratch.wide(slot, tokens, width, self.spare_columns(like.device), like)
 
     def trainable(self) -> list[torch.nn.Parameter]:
         """Parameters whose gradients `parameter_gradients` returns, in its order, each once."""
-        return list({id(p): p for part in self.parts for p in part.trainable()}.values())
+        return self._trainable
 
     def forward(
         self,
-        x_wide: torch.Tensor,
+        x: Wide,
         out: torch.Tensor,
         call: GroupCall,
         *,
@@ -103,99 +109,116 @@ class LinearGroup:
         only: frozenset[int] | None = None,
         lead: tuple[int, ...] | None = None,
     ) -> torch.Tensor:
-        """Compute Y into `out` (+ residual) and return X A^T, a view of the input's spare columns.
+        """Compute Y into `out` (+ residual) and return X sA^T, a view of the input's spare columns.
 
         Args:
-            x_wide: (tokens, in + spare), X in the first columns; the spare ones are written.
+            x: (tokens, in + spare), X in the main columns; the spare ones are written.
             out: (tokens, out_features), any row stride.
             residual: (tokens, out_features) that is added before the one rounding.
             only: indices of the parts to compute; None for all.
             lead: leading shape of the model's tensors, for parts that are called as modules.
         """
-        x, spare = x_wide[:, : self.in_features], x_wide[:, self.in_features :]
-        spans = self._spans(only, x)
-        self._fill_products(x, spare, call, spans[0] if spans else None)
+        spans = self._spans(only, x.main)
+        self._fill_products(x.main, x.spare, call, spans[0] if spans else None)
         for span in spans:
+            weight = self._decoder.decoded(span, x.whole, x.spare.shape[1], is_backward=False)
+            bias = self._bias(span, x.main)
             rows = slice(span.first_row, span.last_row)
-            weight = self._decoded(span, x_wide)[: rows.stop - rows.start]
-            bias = self._bias(span, x)
-            multiply_into(x_wide, weight, out[:, rows], bias, _columns(residual, rows))
-        for index in self._modules(only):
-            rows = slice(self.rows[index], self.rows[index + 1])
-            y = call.modules.setdefault(index, ModuleCall(call.autocast)).forward(
-                self.parts[index].module, x, lead
-            )
-            out[:, rows] = y if residual is None else y + residual[:, rows]
-        return spare[:, : self.rank]
+            is_all = len(spans) == 1 and rows == slice(0, self.out_features)
+            part = out if is_all else out[:, rows]
+            beside = residual if is_all or residual is None else residual[:, rows]
+            multiply_into(x.whole, weight.beside_b, part, bias, beside)
+        if self.has_modules:
+            self._call_modules(x.main, out, call, residual, only, lead)
+        return x.spare if x.spare.shape[1] == self.rank else x.spare[:, : self.rank]
 
-    def input_gradient(
-        self, dy_wide: torch.Tensor, dx: torch.Tensor | None, call: GroupCall
-    ) -> None:
-        """dY s B into the spare columns, and dX = [dY | dY s B] [W ; A] into `dx`.
+    def input_gradient(self, dy: Wide, dx: torch.Tensor | None, call: GroupCall) -> None:
+        """dY sB into the spare columns, and dX = [dY | dY sB] [W ; A] into `dx`.
 
         Args:
-            dy_wide: (tokens, out_features + spare), dY in the first columns; the spare ones are
-                written.
+            dy: (tokens, out_features + spare), dY in the main columns; the spare ones are written.
             dx: (tokens, in_features), or None where nothing below the input learns. Parts that are
                 modules add theirs in `parameter_gradients`.
         """
-        spare = dy_wide[:, self.out_features :]
-        spans = self._spans(None, dy_wide)
+        spans = self._spans(None, dy.whole)
         if dx is not None and not spans:
             dx.zero_()
         if dx is None and not self.rank:
             return
         for number, span in enumerate(spans):
             is_last = number == len(spans) - 1
-            self._through_span(span, dy_wide, spare, dx, is_first=number == 0, is_last=is_last)
-        if dx is None:
+            self._through_span(span, dy, dx, is_first=number == 0, is_last=is_last)
+        if dx is None or not call.seeds:
             return
         for _, column, block in self.blocks:
             if column in call.seeds:
-                ds = spare[:, column : column + block.rank]
+                ds = dy.spare[:, column : column + block.rank]
                 dropped_gradient_(dx, ds, block.a, block.dropout, call.seeds[column])
 
     def parameter_gradients(
         self,
-        dy_wide: torch.Tensor,
+        dy: Wide,
         x: torch.Tensor,
         products: torch.Tensor | None,
         call: GroupCall,
         *,
         dx: torch.Tensor | None = None,
         lead: tuple[int, ...] | None = None,
+        known: Mapping[tuple[int, str], torch.Tensor] | None = None,
     ) -> list[torch.Tensor | None]:
         """Gradients of `trainable()`, after `input_gradient` has filled the spare columns.
 
         Args:
-            x: (tokens, in_features), the input again.
+            x: (tokens, in_features), the input again; not looked at where `known` has all of A.
             products: (tokens, rank), what `forward` returned; None computes it again.
             dx: where parts that are called as modules add their input gradient.
+            known: gradients that some kernel had on its way, in float32, by a block's first column
+                and "a" or "b".
         """
-        dy, spare = dy_wide[:, : self.out_features], dy_wide[:, self.out_features :]
+        known = known or {}
         if products is None:
             products = self.products(x, call)
         gradients = Gradients()
-        self._a_gradients(spare, x, call, gradients)
+        for _, column, block in self.blocks:
+            for name, parameter in (("a", block.a), ("b", block.b)) if known else ():
+                if (column, name) in known and parameter.requires_grad:
+                    gradients.add(parameter, known[column, name].to(parameter.dtype))
+        self._a_gradients(dy.spare, x, call, gradients, known)
         for index, column, block in self.blocks:
-            if block.b.requires_grad:
-                own = dy[:, self.rows[index] : self.rows[index + 1]]
-                product = products[:, column : column + block.rank]
-                found = parameter_gradient(own, product, block.b, block.scaling)
-                gradients.add(block.b, found)
+            if block.b.requires_grad and (column, "b") not in known:
+                own = self._rows_of(dy.main, index)
+                product = products
+                if len(self.blocks) > 1:
+                    product = products[:, column : column + block.rank]
+                gradients.add(block.b, parameter_gradient(own, product, block.b))
         for index, part in enumerate(self.parts):
-            own = dy[:, self.rows[index] : self.rows[index + 1]]
             if part.kind == "module":
+                own = self._rows_of(dy.main, index)
                 call.modules[index].backward(part.module, x, own, dx, lead, gradients)
             elif isinstance(part.bias, torch.nn.Parameter) and part.bias.requires_grad:
-                gradients.add(part.bias, own.sum(0, dtype=part.bias.dtype))
-        return [gradients.of(p) for p in self.trainable()]
+                gradients.add(
+                    part.bias, self._rows_of(dy.main, index).sum(0, dtype=part.bias.dtype)
+                )
+        return [gradients.of(p) for p in self._trainable]
+
+    def _rows_of(self, dy: torch.Tensor, index: int) -> torch.Tensor:
+        """The columns of a gradient (tokens, out_features) that are those of one part."""
+        return dy if len(self.parts) == 1 else dy[:, self.rows[index] : self.rows[index + 1]]
 
     def _a_gradients(
-        self, spare: torch.Tensor, x: torch.Tensor, call: GroupCall, gradients: Gradients
+        self,
+        spare: torch.Tensor,
+        x: torch.Tensor,
+        call: GroupCall,
+        gradients: Gradients,
+        known: Mapping[tuple[int, str], torch.Tensor],
     ) -> None:
-        """(dY s B)^T x of every block; one GEMM where no block has a dropout of its own."""
-        blocks = [(column, block) for _, column, block in self.blocks if block.a.requires_grad]
+        """(dY sB)^T x of every block; one GEMM where no block has a dropout of its own."""
+        blocks = [
+            (column, block)
+            for _, column, block in self.blocks
+            if block.a.requires_grad and (column, "a") not in known
+        ]
         if len(blocks) > 1 and not call.seeds and len({b.a.dtype for _, b in blocks}) == 1:
             together = parameter_gradient(spare[:, : self.rank], x, blocks[0][1].a)
             for column, block in blocks:
@@ -208,103 +231,68 @@ class LinearGroup:
             gradients.add(block.a, parameter_gradient(ds, seen, block.a))
 
     def products(self, x: torch.Tensor, call: GroupCall) -> torch.Tensor:
-        """X A^T, (tokens, rank), with the dropout of this call."""
+        """X sA^T, (tokens, rank), with the dropout of this call."""
         spare = x.new_empty((x.shape[0], self.spare_columns(x.device)))
         self._fill_products(x, spare, call, None)
         return spare[:, : self.rank]
 
-    @property
-    def has_modules(self) -> bool:
-        """True if a part is called as a module, so that gradients need the input itself."""
-        return any(part.kind == "module" for part in self.parts)
-
     def _through_span(
-        self,
-        span: Span,
-        dy_wide: torch.Tensor,
-        spare: torch.Tensor,
-        dx: torch.Tensor | None,
-        *,
-        is_first: bool,
-        is_last: bool,
+        self, span: Span, dy: Wide, dx: torch.Tensor | None, *, is_first: bool, is_last: bool
     ) -> None:
-        weight = self._decoded(span, dy_wide)
-        height, width = span.last_row - span.first_row, self.in_features
-        dy = dy_wide[:, span.first_row : span.last_row]
-        if spare.shape[1]:
-            accumulate(spare, dy, weight[:height, width:], is_first)
+        spare = dy.spare.shape[1]
+        weight = self._decoder.decoded(span, dy.whole, spare, is_backward=True)
+        is_all = span.first_row == 0 and span.last_row == self.out_features
+        own = dy.main if is_all else dy.main[:, span.first_row : span.last_row]
+        if spare:
+            accumulate(dy.spare, own, weight.b, is_first)
         if dx is None:
             return
-        if is_last and span.last_row == self.out_features:
+        if is_all:
+            accumulate(dx, dy.whole, weight.above_a, is_first)
+        elif is_last and span.last_row == self.out_features:
             # the spare columns stand right beside these rows' gradient, and A under their weight
-            accumulate(dx, dy_wide[:, span.first_row :], weight[:, :width], is_first)
-            return
-        accumulate(dx, dy, weight[:height, :width], is_first)
-        if is_last and spare.shape[1]:
-            accumulate(dx, spare, weight[height:, :width], False)
+            accumulate(dx, dy.whole[:, span.first_row :], weight.above_a, is_first)
+        else:
+            accumulate(dx, own, weight.alone, is_first)
+            if is_last and spare:
+                accumulate(dx, dy.spare, weight.a, False)
 
     def _fill_products(
         self, x: torch.Tensor, spare: torch.Tensor, call: GroupCall, span: Span | None
     ) -> None:
-        """X A^T into the spare columns; zeros where no adapter stands."""
+        """X sA^T into the spare columns; zeros where no adapter stands."""
         if not spare.shape[1]:
             return
         if span is None:
             span = Span((), 0, 0)  # no weight, but its border holds A all the same
-        height = span.last_row - span.first_row
-        stacked = self._decoded(span, x)[height:, : self.in_features]
-        torch.mm(x, stacked.t(), out=spare)
+        weight = self._decoder.decoded(span, x, spare.shape[1], is_backward=False)
+        torch.mm(x, weight.a_transposed, out=spare)
         for _, column, block in self.blocks:
             if not block.dropout:
                 continue
             if column not in call.seeds:
                 call.seeds[column] = int(torch.empty((), dtype=torch.int64).random_())
             seen = drop(x, block.dropout, call.seeds[column])
-            spare[:, column : column + block.rank] = seen @ block.a.to(x.dtype).t()
+            scaled = (block.a.detach() * block.scaling).to(x.dtype)
+            spare[:, column : column + block.rank] = seen @ scaled.t()
 
-    def _decoded(self, span: Span, like: torch.Tensor) -> torch.Tensor:
-        """[W | s B ; A] of a span, (rows + spare, in + spare), in the dtype of `like`.
-
-        Blocks with dropout have no A here: what they see of the input is not what the others see.
-        """
-        spare, width = self.spare_columns(like.device), self.in_features
-        height = span.last_row - span.first_row
-        shape = (height + spare, width + spare)
-        slot = self.slot if span.parts else "lora_a"
-        content = (id(self), span, shape)
-        if self.scratch.holds(slot, content):
-            return self.scratch.peek(slot, shape, like.dtype, like.device)
-        buffer = self.scratch.get(slot, shape, like.dtype, like.device)
-        firsts = [self.rows[index] - span.first_row for index in span.parts]
-        parts = [self.parts[index] for index in span.parts]
-        decode_weights(
-            parts,
-            [
-                buffer[first : first + part.out_features, :width]
-                for first, part in zip(firsts, parts, strict=True)
-            ],
-        )
-        lora_borders_(buffer, height, width, self._borders(span))
-        self.scratch.label(slot, content)
-        return buffer
-
-    def _borders(self, span: Span) -> list[Border]:
-        """Where the adapters stand beside and under the span's weight; all of them have an A."""
-        borders = []
-        for index, column, block in self.blocks:
-            here = index in span.parts
-            b = block.b.detach()
-            borders.append(
-                Border(
-                    first_row=self.rows[index] - span.first_row if here else 0,
-                    column=column,
-                    a=block.a.detach(),
-                    b=b if here else b[:0],
-                    scale=block.scaling,
-                    has_a=not block.dropout,
-                )
+    def _call_modules(
+        self,
+        x: torch.Tensor,
+        out: torch.Tensor,
+        call: GroupCall,
+        residual: torch.Tensor | None,
+        only: frozenset[int] | None,
+        lead: tuple[int, ...] | None,
+    ) -> None:
+        for index, part in enumerate(self.parts):
+            if part.kind != "module" or (only is not None and index not in only):
+                continue
+            rows = slice(self.rows[index], self.rows[index + 1])
+            y = call.modules.setdefault(index, ModuleCall(call.autocast)).forward(
+                part.module, x, lead
             )
-        return borders
+            out[:, rows] = y if residual is None else y + residual[:, rows]
 
     def _bias(self, span: Span, x: torch.Tensor) -> torch.Tensor | None:
         parts = [self.parts[index] for index in span.parts]
@@ -313,17 +301,11 @@ class LinearGroup:
         pieces = [x.new_zeros(p.out_features) if p.bias is None else p.bias.detach() for p in parts]
         return torch.cat(pieces).to(x.dtype)
 
-    def _modules(self, only: frozenset[int] | None) -> list[int]:
-        return [
-            index
-            for index, part in enumerate(self.parts)
-            if part.kind == "module" and (only is None or index in only)
-        ]
-
     def _spans(self, only: frozenset[int] | None, like: torch.Tensor) -> list[Span]:
-        row_bytes = (self.in_features + self.spare_columns(like.device)) * like.element_size()
-        return spans_of(self.parts, self.rows, row_bytes, self.max_weight_bytes, only)
-
-
-def _columns(tensor: torch.Tensor | None, columns: slice) -> torch.Tensor | None:
-    return None if tensor is None else tensor[:, columns]
+        key = (only, like.dtype, like.device)
+        found = self._spans_by.get(key)
+        if found is None:
+            row_bytes = (self.in_features + self.spare_columns(like.device)) * like.element_size()
+            found = spans_of(self.parts, self.rows, row_bytes, self.max_weight_bytes, only)
+            self._spans_by[key] = found
+        return found

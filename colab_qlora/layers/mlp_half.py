@@ -14,12 +14,17 @@ import math
 
 import torch
 
+from colab_qlora.kernels.glu_lora import can_fuse_glu_lora, glu_lora_backward
 from colab_qlora.kernels.rms_norm import rms_norm_backward, rms_norm_forward
 from colab_qlora.kernels.swiglu import glu_backward, glu_forward
 from colab_qlora.layers.gradients import Gradients
-from colab_qlora.layers.layer_parts import LayerParts, Pass
+from colab_qlora.layers.layer_parts import LayerParts, Pass, token_chunks
 from colab_qlora.layers.linear_group import GroupCall
 from colab_qlora.layers.saved import SavedTensors
+from colab_qlora.layers.scratch import Wide, wide_of
+
+# gradients by a block's first column and "a" or "b"
+Known = dict[tuple[int, str], torch.Tensor]
 
 
 def mlp_half(h1: torch.Tensor, parts: LayerParts, run: Pass, saved: SavedTensors) -> torch.Tensor:
@@ -28,9 +33,10 @@ def mlp_half(h1: torch.Tensor, parts: LayerParts, run: Pass, saved: SavedTensors
     kept = None
     if saved.plan >= {"gate", "up"}:
         kept = h1.new_empty((h1.shape[0], _buffer_width(parts, h1)))
-    for rows in run.token_chunks(h1.shape[0]):
-        wide, _ = _normed(h1[rows], parts, run)
-        buffer = kept[rows] if kept is not None else _scratch_buffer(wide, parts, run)
+    for rows in token_chunks(h1.shape[0], run.mlp_chunks.forward):
+        wide, rstd = _normed(_part(h1, rows), parts, run)
+        pieces.put("rstd2", rows, rstd)
+        buffer = _part(kept, rows) if kept is not None else _new_buffer(wide.main, parts)
         products = _gate_up(wide, buffer, None, parts, run, rows)
         pieces.put("xa_gate_up", rows, products)
         if kept is None:
@@ -39,9 +45,9 @@ def mlp_half(h1: torch.Tensor, parts: LayerParts, run: Pass, saved: SavedTensors
         m_wide = _activated(buffer, parts, is_free=kept is None)
         products = parts.down.forward(
             m_wide,
-            h2[rows],
+            _part(h2, rows),
             _call(run, "down", rows),
-            residual=h1[rows],
+            residual=_part(h1, rows),
             lead=_lead(run, rows),
         )
         pieces.put("xa_down", rows, products)
@@ -53,43 +59,83 @@ def mlp_half(h1: torch.Tensor, parts: LayerParts, run: Pass, saved: SavedTensors
 
 
 def mlp_half_backward(
-    dh2: torch.Tensor,
+    dh2: Wide,
     h1: torch.Tensor,
     parts: LayerParts,
     run: Pass,
     saved: SavedTensors,
     gradients: Gradients,
-) -> torch.Tensor:
-    """Gradient of h1 from that of h2 (tokens, width); parameters' gradients go into `gradients`."""
-    dh1 = torch.empty_like(h1)
-    for rows in run.token_chunks(h1.shape[0]):
-        wide, rstd = _normed(h1[rows], parts, run)
-        buffer = _restored(rows, wide, parts, run, saved)
-        _through_down(dh2[rows], rows, buffer, parts, run, saved, gradients)
-        dn = _through_gate_up(rows, wide, buffer, parts, run, saved, gradients)
-        _, dw = rms_norm_backward(
-            dn,
-            h1[rows],
-            parts.norm2.weight,
-            rstd,
-            residual_grad=dh2[rows],
-            needs_weight_grad=parts.norm2.weight.requires_grad,
-            out=dh1[rows],
-        )
-        gradients.add(parts.norm2.weight, dw)
+) -> Wide:
+    """Gradient of h1, with room for o_proj's products, from that of h2 with room for down_proj's.
+
+    The parameters' gradients go into `gradients`.
+    """
+    dh1 = parts.o.wide("d_o", h1.shape[0], h1.shape[1], h1)
+    for rows in token_chunks(h1.shape[0], run.mlp_chunks.backward):
+        # in a function of its own: nothing of one chunk stands beside the next
+        _chunk_backward(rows, dh2, h1, dh1.main, parts, run, saved, gradients)
     return dh1
 
 
-def _normed(h1: torch.Tensor, parts: LayerParts, run: Pass) -> tuple[torch.Tensor, torch.Tensor]:
+def _chunk_backward(
+    rows: slice,
+    dh2: Wide,
+    h1: torch.Tensor,
+    dh1: torch.Tensor,
+    parts: LayerParts,
+    run: Pass,
+    saved: SavedTensors,
+    gradients: Gradients,
+) -> None:
+    """`mlp_half_backward` for some of the tokens."""
+    norm, some = parts.norm2, _part(h1, rows)
+    # the norm's backward pass writes the norm's output on its way, unless it is wanted before
+    rstd = _kept_rstd(parts, saved, rows)
+    comes_late = rstd is not None
+    if rstd is None:
+        wide, rstd = _normed(some, parts, run)
+    else:
+        wide = parts.gate_up.wide("x", some.shape[0], some.shape[1], some)
+    buffer, products = _restored(rows, wide, parts, run, saved)
+    dy = dh2 if some is h1 else wide_of(dh2.whole[rows], h1.shape[1])
+    known = _through_down(dy, rows, buffer, products, parts, run, saved, gradients)
+    d_buffer, dn = _through_gate_up(rows, wide, buffer, parts, run)
+    if not comes_late:
+        _add_gradients(rows, d_buffer, wide.main, products, known, parts, run, gradients, dn)
+    _, dw = rms_norm_backward(
+        dn,
+        some,
+        norm.weight,
+        rstd,
+        residual_grad=dy.main,
+        needs_weight_grad=norm.weight.requires_grad,
+        out=_part(dh1, rows),
+        normed=wide.main if comes_late else None,
+    )
+    gradients.add(norm.weight, dw)
+    if comes_late:
+        _add_gradients(rows, d_buffer, wide.main, products, known, parts, run, gradients, dn)
+
+
+def _kept_rstd(parts: LayerParts, saved: SavedTensors, rows: slice) -> torch.Tensor | None:
+    """1 / rms of these tokens, if it was kept and nothing wants the norm's output before."""
+    if parts.gate_up.has_modules:
+        return None
+    if any(saved.get(name) is None for name in ("gate", "up", "xa_gate_up")):
+        return None
+    rstd = saved.get("rstd2")
+    return None if rstd is None else _part(rstd, rows)
+
+
+def _normed(h1: torch.Tensor, parts: LayerParts, run: Pass) -> tuple[Wide, torch.Tensor]:
     """norm(h1) in a scratch buffer with spare columns, and 1 / rms."""
     wide = parts.gate_up.wide("x", h1.shape[0], h1.shape[1], h1)
-    n2 = wide[:, : h1.shape[1]]
-    _, rstd, _ = rms_norm_forward(h1, parts.norm2.weight, parts.norm2.eps, out=n2)
+    _, rstd, _ = rms_norm_forward(h1, parts.norm2.weight, parts.norm2.eps, out=wide.main)
     return wide, rstd
 
 
 def _gate_up(
-    wide: torch.Tensor,
+    wide: Wide,
     buffer: torch.Tensor,
     only: frozenset[int] | None,
     parts: LayerParts,
@@ -101,85 +147,126 @@ def _gate_up(
     return group.forward(wide, out, _call(run, "gate_up", rows), only=only, lead=_lead(run, rows))
 
 
-def _activated(buffer: torch.Tensor, parts: LayerParts, *, is_free: bool) -> torch.Tensor:
+def _activated(buffer: torch.Tensor, parts: LayerParts, *, is_free: bool) -> Wide:
     """act(gate) * up with down_proj's spare columns beside it; over `up` if the buffer is free."""
     width, spare = parts.down.in_features, parts.down.spare_columns(buffer.device)
     gate, up = _halves(buffer, parts)
     if is_free:
-        wide = buffer[:, width : 2 * width + spare]
+        wide = wide_of(buffer[:, width : 2 * width + spare], width)
     else:
         wide = parts.down.wide("m", buffer.shape[0], width, buffer)
-    glu_forward(gate, up, activation=parts.activation, out=wide[:, :width])
+    glu_forward(gate, up, activation=parts.activation, out=wide.main)
     return wide
 
 
 def _restored(
-    rows: slice, wide: torch.Tensor, parts: LayerParts, run: Pass, saved: SavedTensors
-) -> torch.Tensor:
-    """The buffer [gate | up | spare] of these tokens: as kept, or computed again."""
+    rows: slice, wide: Wide, parts: LayerParts, run: Pass, saved: SavedTensors
+) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """The buffer [gate | up | spare] of these tokens and the products X sA^T, kept or again.
+
+    Products that were not kept are None where gate and up were.
+    """
+    products = saved.get("xa_gate_up")
+    products = None if products is None else _part(products, rows)
     kept = [saved.get("gate"), saved.get("up")]
-    whole = _whole_buffer(kept[0], kept[1], _buffer_width(parts, wide))
+    whole = _whole_buffer(kept[0], kept[1], _buffer_width(parts, wide.main))
     if whole is not None:
-        return whole[rows]
-    buffer = _scratch_buffer(wide, parts, run)
+        return _part(whole, rows), products
+    buffer = _new_buffer(wide.main, parts)
     missing = frozenset(i for i, tensor in enumerate(kept) if tensor is None)
     for half, tensor in zip(_halves(buffer, parts), kept, strict=True):
         if tensor is not None:
             half.copy_(tensor[rows])
     if missing:
-        _gate_up(wide, buffer, missing, parts, run, rows)
-    return buffer
+        products = _gate_up(wide, buffer, missing, parts, run, rows)
+    return buffer, products
 
 
 def _through_down(
-    dh2: torch.Tensor,
+    dy: Wide,
     rows: slice,
     buffer: torch.Tensor,
+    gate_up_products: torch.Tensor | None,
     parts: LayerParts,
     run: Pass,
     saved: SavedTensors,
     gradients: Gradients,
-) -> None:
-    """Gradients of down_proj, and those of gate and up in the places of gate and up."""
+) -> Known:
+    """Gradients of down_proj, and those of gate and up in the places of gate and up.
+
+    Returns:
+        Gradients of gate_up's adapters that were found on the way.
+    """
     group, call, lead = parts.down, _call(run, "down", rows), _lead(run, rows)
-    dy = group.wide("d_down", dh2.shape[0], group.out_features, dh2)
-    dy[:, : group.out_features] = dh2
     gate, up = _halves(buffer, parts)
-    dm = run.scratch.get("dm", tuple(gate.shape), dh2.dtype, dh2.device)
+    dm = torch.empty(gate.shape, dtype=gate.dtype, device=gate.device)
     group.input_gradient(dy, dm, call)
     products = saved.get("xa_down")
-    products = None if products is None else products[rows]
+    products = None if products is None else _part(products, rows)
+    known: Known = {}
+    factors = _factors(dy, products, gate_up_products, parts)
     if group.has_modules:
         # autograd inside needs the activation before its own gradient is complete
         m = glu_forward(gate, up, activation=parts.activation)
         found = group.parameter_gradients(dy, m, products, call, dx=dm, lead=lead)
         glu_backward(dm, gate, up, activation=parts.activation, d_gate=gate, d_up=up, m=dm)
+    elif factors and can_fuse_glu_lora(gate, *factors):
+        ds, xg, xu = factors
+        d_a, d_gate_b, d_up_b = glu_lora_backward(
+            dm, gate, up, ds, xg, xu, activation=parts.activation, d_gate=gate, d_up=up
+        )
+        assert d_a is not None and d_gate_b is not None and d_up_b is not None
+        of_down = {(0, "a"): d_a}
+        known = {(0, "b"): d_gate_b, (xg.shape[1], "b"): d_up_b}
+        found = group.parameter_gradients(dy, dm, products, call, known=of_down)
     else:
         glu_backward(dm, gate, up, activation=parts.activation, d_gate=gate, d_up=up, m=dm)
         found = group.parameter_gradients(dy, dm, products, call)
     gradients.add_all(group.trainable(), found)
+    return known
+
+
+def _factors(
+    dy: Wide,
+    products: torch.Tensor | None,
+    gate_up_products: torch.Tensor | None,
+    parts: LayerParts,
+) -> tuple[torch.Tensor, ...]:
+    """dY sB of down_proj, X sA^T of gate and of up; empty if there are not just these three."""
+    if products is None or gate_up_products is None or not parts.mlp_is_plain:
+        return ()
+    rank = parts.gate_up.blocks[0][2].rank
+    ds = dy.spare[:, : parts.down.rank]
+    return ds, gate_up_products[:, :rank], gate_up_products[:, rank : parts.gate_up.rank]
 
 
 def _through_gate_up(
+    rows: slice, wide: Wide, buffer: torch.Tensor, parts: LayerParts, run: Pass
+) -> tuple[Wide, torch.Tensor]:
+    """Gradients of gate and up with their products, and that of the norm's output from them."""
+    group = parts.gate_up
+    width = group.out_features + group.spare_columns(buffer.device)
+    dy = wide_of(buffer if buffer.shape[1] == width else buffer[:, :width], group.out_features)
+    x = wide.main
+    dn = torch.empty(x.shape, dtype=x.dtype, device=x.device)
+    group.input_gradient(dy, dn, _call(run, "gate_up", rows))
+    return dy, dn
+
+
+def _add_gradients(
     rows: slice,
-    wide: torch.Tensor,
-    buffer: torch.Tensor,
+    dy: Wide,
+    x: torch.Tensor,
+    products: torch.Tensor | None,
+    known: Known,
     parts: LayerParts,
     run: Pass,
-    saved: SavedTensors,
     gradients: Gradients,
-) -> torch.Tensor:
-    """Gradient of the norm's output, from those of gate and up in their buffer."""
-    group, call = parts.gate_up, _call(run, "gate_up", rows)
-    dy = buffer[:, : group.out_features + group.spare_columns(buffer.device)]
-    x = wide[:, : group.in_features]
-    dn = torch.empty_like(x, memory_format=torch.contiguous_format)
-    group.input_gradient(dy, dn, call)
-    products = saved.get("xa_gate_up")
-    products = None if products is None else products[rows]
-    found = group.parameter_gradients(dy, x, products, call, dx=dn, lead=_lead(run, rows))
+    dn: torch.Tensor,
+) -> None:
+    group, call, lead = parts.gate_up, _call(run, "gate_up", rows), _lead(run, rows)
+    found = group.parameter_gradients(dy, x, products, call, dx=dn, lead=lead, known=known)
     gradients.add_all(group.trainable(), found)
-    return dn
 
 
 def _buffer_width(parts: LayerParts, like: torch.Tensor) -> int:
@@ -187,9 +274,9 @@ def _buffer_width(parts: LayerParts, like: torch.Tensor) -> int:
     return parts.gate_up.out_features + spare
 
 
-def _scratch_buffer(like: torch.Tensor, parts: LayerParts, run: Pass) -> torch.Tensor:
-    shape = (like.shape[0], _buffer_width(parts, like))
-    return run.scratch.get("gate_up", shape, like.dtype, like.device)
+def _new_buffer(like: torch.Tensor, parts: LayerParts) -> torch.Tensor:
+    """A buffer [gate | up | spare]; no scratch, since the attention half needs the memory too."""
+    return like.new_empty((like.shape[0], _buffer_width(parts, like)))
 
 
 def _halves(buffer: torch.Tensor, parts: LayerParts) -> tuple[torch.Tensor, torch.Tensor]:
@@ -211,6 +298,11 @@ def _whole_buffer(
     if not together:
         return None
     return gate.as_strided((gate.shape[0], width), (width, 1), gate.storage_offset())
+
+
+def _part(tensor: torch.Tensor, rows: slice) -> torch.Tensor:
+    """Some rows; the tensor itself if that is all of them, which saves the host a view."""
+    return tensor if rows.start == 0 and rows.stop == tensor.shape[0] else tensor[rows]
 
 
 def _lead(run: Pass, rows: slice) -> tuple[int, ...]:
@@ -237,4 +329,4 @@ class _Pieces:
             return
         if name not in self.whole:
             self.whole[name] = tensor.new_empty((self._tokens, *tensor.shape[1:]))
-        self.whole[name][rows] = tensor
+        _part(self.whole[name], rows).copy_(tensor)

@@ -12,6 +12,19 @@ from colab_qlora.kernels.attention import AttentionShape
 Tensors = tuple[torch.Tensor, ...]
 
 
+def cancelling(tensors: Tensors, scale: float) -> dict[str, torch.Tensor]:
+    """What cancels in dq and dk of a token that sees itself alone, from (q, k, v, do).
+
+    dq = scale * (do v^T - do o^T) k, and dk likewise with q, are zero there, since o is v; yet each
+    of the two products carries a rounding of up to |do| |v|.
+    """
+    q, k, v, do = (x.detach().double() for x in tensors)
+    group = q.shape[1] // k.shape[1]
+    k, v = (x.repeat_interleave(group, 1) for x in (k, v))
+    product = scale * (do.norm(dim=-1) * v.norm(dim=-1))[..., None]
+    return {"dq": product * k, "dk": product * q}
+
+
 def visible(shape: AttentionShape) -> torch.Tensor:
     """bool (1 or q_heads, tokens, tokens): True where a query token may see a key token."""
     token = torch.arange(shape.tokens)

@@ -7,6 +7,7 @@ from typing import NamedTuple
 import pytest
 import torch
 import torch.nn.functional as F
+from attention_oracle import cancelling
 from kernel_helpers import (
     BACKENDS,
     DEVICE,
@@ -134,13 +135,15 @@ def test_as_exact_as_stock(name: str, backend: str, dtype: torch.dtype) -> None:
     truth = _by_document(_truth, tensors, case, torch.float64)
     stock = _by_document(_stock, tensors, case, dtype)
     tokens = sum(case.lengths)
+    # "one token" has gradients of zero
+    terms = cancelling([x[:tokens] for x in tensors], _options(case)["scale"])
     for label, mine, theirs, exact in zip(NAMES, got, stock, truth, strict=True):
         assert mine.dtype == (torch.float32 if label == "lse" else dtype)
         rows = mine.t() if label == "lse" else mine
         assert rows.shape[0] == tokens + case.padding
         assert (rows[tokens:] == 0).all(), f"{label} of the padding is not 0"
         known = rows[:tokens].t() if label == "lse" else rows[:tokens]
-        assert_as_exact_as_stock(known, theirs, exact, label)
+        assert_as_exact_as_stock(known, theirs, exact, label, terms=terms.get(label))
 
 
 @pytest.mark.parametrize("name", ["4:1, 64", "2:1, 24", "large scores, not causal"])
@@ -180,7 +183,11 @@ def test_writes_only_into_the_buffers_it_is_given(backend: str) -> None:
         buffers, (o, *grads), (expected[0], *expected[2:]), strict=True
     ):
         assert returned is buffer
-        assert torch.equal(buffer, wanted)
+        if ON_GPU:
+            # what is compiled for other strides may add up in another order
+            assert relative_error(buffer, wanted) <= torch.finfo(dtype).eps
+        else:
+            assert torch.equal(buffer, wanted)
     assert spare.isnan().all()
     for x, old in zip(tensors, before, strict=True):
         assert torch.equal(x.nan_to_num(), old.nan_to_num())

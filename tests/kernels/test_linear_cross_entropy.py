@@ -15,6 +15,7 @@ from colab_qlora.kernels import cross_entropy_rows as rows_module
 from colab_qlora.kernels.backend import HAS_TRITON, use_backend
 from colab_qlora.kernels.cross_entropy_rows import cross_entropy_rows_, gradient_scale
 from colab_qlora.kernels.linear_cross_entropy import linear_cross_entropy, logits_chunk_rows
+from colab_qlora.kernels.linear_cross_entropy_inputs import count_labels
 
 # several chunks of 16 rows, the fewest that are held
 TINY_BUDGET = 1
@@ -100,9 +101,14 @@ def check_gradients(backend: str, dtype: torch.dtype, name: str) -> None:
     with use_backend(backend):
         ours = with_gradients(linear_cross_entropy, tensors, options)
     assert ours.keys() == truth.keys()
+    # a float32 gradient is off by what its logits are off by. Each is a sum of `width` products,
+    # which a GEMM adds up one after another or in parts: the padded rows of our logits may get
+    # another GEMM than stock's do, whose bias is added elsewhere as well
+    width = tensors[0].shape[-1]
+    roundings = width**0.5 if dtype == torch.float32 else None
     for key in truth.keys() - {"loss"}:
         assert ours[key].dtype == dtype
-        assert_as_exact_as_stock(ours[key], stock[key], truth[key], key)
+        assert_as_exact_as_stock(ours[key], stock[key], truth[key], key, roundings=roundings)
 
 
 @pytest.mark.parametrize("name", CASES)
@@ -352,19 +358,30 @@ def test_the_host_reads_the_device_once(monkeypatch):
 
 
 @pytest.mark.gpu
-def test_one_synchronisation_on_a_gpu():
+@pytest.mark.parametrize("counts_first", [False, True])
+def test_nobody_waits_for_labels_that_were_counted_first(counts_first):
     (hidden, weight, _, labels), options = make("chunks", torch.float16)
     weight.requires_grad_()
     items = torch.tensor(40, device=DEVICE)
+    given = count_labels(labels) if counts_first else labels
 
     def step() -> None:
         loss = linear_cross_entropy(
-            hidden.requires_grad_(), weight, labels, num_items_in_batch=items, **options
+            hidden.requires_grad_(), weight, given, num_items_in_batch=items, **options
         )
         loss.backward()
 
     step()  # compiles
+    waits = []
+    event = torch.cuda.Event
+
+    class Watched(event):
+        def synchronize(self) -> None:
+            waits.append(self.query())
+            super().synchronize()
+
     before = torch.cuda.get_sync_debug_mode()
+    torch.cuda.Event = Watched
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
         torch.cuda.set_sync_debug_mode("warn")
@@ -372,7 +389,19 @@ def test_one_synchronisation_on_a_gpu():
             step()
         finally:
             torch.cuda.set_sync_debug_mode(before)
-    assert sum("called a synchronizing" in str(w.message) for w in caught) == 1
+            torch.cuda.Event = event
+    assert not any("called a synchronizing" in str(w.message) for w in caught)
+    # counted long ago, the event is not one of this step's; else it is waited for once
+    assert len(waits) == (0 if counts_first else 1)
+
+
+def test_labels_that_were_counted_first_give_the_same():
+    (hidden, weight, bias, labels), options = make("bias", torch.float32)
+    expected = linear_cross_entropy(hidden, weight, labels, bias=bias, **options)
+    counted = count_labels(labels)
+    assert torch.equal(
+        linear_cross_entropy(hidden, weight, counted, bias=bias, **options), expected
+    )
 
 
 @pytest.mark.parametrize(

@@ -39,7 +39,8 @@ def launches(monkeypatch):
 def border(first, column, rows, rank, width, scale=1.7, has_a=True, dtype=torch.float32):
     a = torch.randn(rank, width, device=DEVICE).to(dtype)
     b = torch.randn(rows, rank, device=DEVICE).to(dtype)
-    return Border(first, column, torch.nn.Parameter(a), torch.nn.Parameter(b), scale, has_a)
+    a, b = torch.nn.Parameter(a), torch.nn.Parameter(b)
+    return Border(first, column, a, b, scale, has_a, a_scale=0.9 * scale)
 
 
 def buffer_of(height, width, spare, dtype):
@@ -54,19 +55,20 @@ def expected_of(wide, height, width, spare, blocks):
     wide = wide.clone()
     wide[:height, 2 + width : 2 + width + spare] = 0
     wide[height:, 2 : 2 + width] = 0
-    for first, column, a, b, scale, has_a in blocks:
+    for first, column, a, b, scale, has_a, a_scale in blocks:
         for i in range(b.shape[1]):
             product = b.detach()[:, i].to(exact) * scale
             wide[first : first + len(b), 2 + width + column + i] = product.to(wide.dtype)
             if has_a:
-                wide[height + column + i, 2 : 2 + width] = a.detach()[i].to(wide.dtype)
+                product = a.detach()[i].to(exact) * a_scale
+                wide[height + column + i, 2 : 2 + width] = product.to(wide.dtype)
     return wide
 
 
 def check(height, width, spare, blocks, dtype):
     buffer, wide = buffer_of(height, width, spare, dtype)
     expected = expected_of(wide, height, width, spare, blocks)
-    assert lora_borders_(buffer, height, width, blocks) is None
+    lora_borders_(buffer, height, width, blocks)
     torch.testing.assert_close(wide, expected, rtol=0, atol=0, equal_nan=True)
     assert not wide.requires_grad
 

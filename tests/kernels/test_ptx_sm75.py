@@ -21,11 +21,23 @@ import pytest
 import torch
 from kernel_helpers import DEVICE, assert_as_exact_as_stock, relative_error
 
+from colab_qlora.kernels import (
+    copy_rows,
+    label_count,
+    lora_borders,
+    nf4,
+    nf4_group,
+    nf4_many,
+    qkv_gradients,
+    rms_norm,
+    rope,
+    swiglu,
+)
 from colab_qlora.kernels import cross_entropy_rows as cross_entropy
-from colab_qlora.kernels import lora_borders, nf4, nf4_many, rms_norm, rope, swiglu
 from colab_qlora.kernels.backend import HAS_TRITON, is_interpreting, use_backend
 from colab_qlora.kernels.compile_case import CompileCase
 from colab_qlora.kernels.compile_check import compile_kernel, load_cases
+from colab_qlora.kernels.launch import ReadyLaunches
 from colab_qlora.kernels.ptx_run import driver_ptx_version, launch_ptx, pack, read_entry
 
 pytestmark = pytest.mark.skipif(not HAS_TRITON, reason="needs Triton")
@@ -191,6 +203,36 @@ def rope_both_ways(monkeypatch):
     agree(run, randn(6, 32, 128), randn(6, 8, 128), angle.cos(), angle.sin())
 
 
+def gradients_of_heads(monkeypatch):
+    """Into columns of one buffer, with tables and without; then the same in place."""
+
+    def run(dq, dk, dv, cos, sin):
+        wide = dq.new_zeros(6, 48 * 128 + 16)
+        parts = wide[:, 16:].unflatten(1, (48, 128)).split([32, 8, 8], dim=1)
+        qkv_gradients.place_qkv_gradients(dq, dk, dv, cos, sin, *parts)
+        turned = wide.clone()
+        qkv_gradients.place_qkv_gradients(*parts, cos, sin, *parts)
+        twice = wide.clone()
+        qkv_gradients.place_qkv_gradients(dq, dk, dv, None, None, *parts)
+        return turned, twice, wide
+
+    angle = torch.rand(3, 64).mul(7).repeat(1, 2).to(DEVICE)
+    heads = (randn(6, count, 128) for count in (32, 8, 8))
+    agree(run, *heads, angle.cos(), angle.sin())
+
+
+def copied_rows(monkeypatch):
+    """Into columns of a wider buffer; a tile that is not full."""
+
+    def run(x):
+        wide = x.new_zeros(len(x), 16 + x.shape[1])
+        copy_rows.copy_rows(x, wide[:, 16:])
+        return (wide,)
+
+    for width in (64, 4096):
+        agree(run, randn(7, width))
+
+
 def glu(monkeypatch, activation):
     """Halves of one buffer, with a last tile that is almost empty."""
 
@@ -253,6 +295,27 @@ def nf4_together(monkeypatch):
         agree_bit_by_bit(nf4_many.nf4_dequantize_many, weights)
 
 
+def nf4_with_borders(monkeypatch):
+    """Two weights and their adapters in one launch; nested and not."""
+    for nested in (True, False):
+        weights = [quantised(count, 208, nested=nested) for count in (40, 100)]
+
+        def run(buffer, *matrices, weights=weights):
+            buffer = buffer.clone()
+            outs = [buffer[:40, :208], buffer[40:140, :208]]
+            blocks = [
+                lora_borders.Border(0, 0, *matrices[:2], 1.7, True, 0.6),
+                lora_borders.Border(40, 4, *matrices[2:], 1.0, True, 1.0),
+            ]
+            if not nf4_group.nf4_group_(weights, outs, buffer, 140, 208, blocks)[0]:
+                nf4_many.nf4_dequantize_many(weights, outs)
+                lora_borders.lora_borders_(buffer, 140, 208, blocks)
+            return (buffer,)
+
+        shapes = ((4, 208), (40, 4), (8, 208), (100, 8))
+        agree(run, randn(156, 224), *(randn(*shape).float() for shape in shapes))
+
+
 def borders_of_a_weight(monkeypatch):
     """Two adapters, the second without its A; float32 and half, in several tiles each way."""
 
@@ -268,6 +331,17 @@ def borders_of_a_weight(monkeypatch):
     shapes = ((4, 80), (37, 4), (8, 80), (5, 8))
     for dtype in (torch.float32, torch.float16):
         agree(run, randn(61, 96), *(randn(*shape).to(dtype) for shape in shapes))
+
+
+def labels_counted(monkeypatch):
+    """More labels than a step takes, some ignored; shifted and not."""
+    labels = torch.randint(0, 2**40, (3, 700), device=DEVICE)
+    labels[torch.rand(3, 700, device=DEVICE) < 0.2] = -100
+    for shift in (True, False):
+        with use_backend("triton"):
+            results = label_count.label_count(labels, -100, shift)
+        expected = label_count.label_count_reference(labels, -100, shift)
+        assert all(torch.equal(one, two) for one, two in zip(results, expected, strict=True))
 
 
 def cross_entropy_of_rows(monkeypatch):
@@ -316,6 +390,13 @@ SCENARIOS = [
         rms_norm_of_input, rms_norm, BOTH, ("rms_norm_forward 14336", "rms_norm_backward 14336")
     ),
     Scenario(rope_both_ways, rope, ("_rope_kernel",), ("rope 128", "rope 128 inverse")),
+    Scenario(
+        gradients_of_heads,
+        qkv_gradients,
+        ("_place_kernel",),
+        ("qkv_gradients 128", "qkv_gradients 128 in place", "qkv_gradients 128 copied"),
+    ),
+    Scenario(copied_rows, copy_rows, ("_copy_rows_kernel",), ("copy_rows 64", "copy_rows 4096")),
     *(
         Scenario(
             functools.partial(glu, activation=activation),
@@ -338,10 +419,22 @@ SCENARIOS = [
         ("nf4_dequantize_many nested", "nf4_dequantize_many plain"),
     ),
     Scenario(
+        nf4_with_borders,
+        nf4_group,
+        ("_group_kernel",),
+        ("nf4_group nested", "nf4_group plain"),
+    ),
+    Scenario(
         borders_of_a_weight,
         lora_borders,
         ("_borders_kernel",),
         ("lora_borders float adapters", "lora_borders half adapters"),
+    ),
+    Scenario(
+        labels_counted,
+        label_count,
+        ("_count_kernel",),
+        ("label_count shifted", "label_count aligned"),
     ),
     Scenario(
         cross_entropy_of_rows,
@@ -404,6 +497,10 @@ def play(scenario: Scenario, codes: dict[str, Code], execute: Callable, monkeypa
     for name in scenario.kernels:
         kernel = getattr(scenario.module, name)
         monkeypatch.setattr(scenario.module, name, StandIn(kernel, run))
+    # a layout that a test before this one launched would go past the stand-in
+    for name, value in list(vars(scenario.module).items()):
+        if isinstance(value, ReadyLaunches):
+            monkeypatch.setattr(scenario.module, name, ReadyLaunches())
     torch.manual_seed(0)
     scenario.call(monkeypatch)
     assert set(launched) == set(scenario.cases)

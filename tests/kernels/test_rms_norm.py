@@ -8,6 +8,7 @@ from kernel_helpers import BACKENDS, DEVICE, DTYPES, assert_as_exact_as_stock, r
 
 from colab_qlora.kernels import rms_norm as module
 from colab_qlora.kernels.backend import use_backend
+from colab_qlora.kernels.launch import ReadyLaunches
 from colab_qlora.kernels.rms_norm import rms_norm, rms_norm_backward, rms_norm_forward
 
 EPS = 1e-5
@@ -129,6 +130,45 @@ def test_backward_is_as_exact_as_stock_in_strided_buffers(shape, has_residual, d
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("target", ["columns", "heads first", "x", "residual"])
+@pytest.mark.parametrize("shape", [(37, 123), (9, 3, 64), (3, 1030), (0, 16)])
+def test_forward_writes_the_sum_where_it_is_told(shape, target, dtype):
+    x, weight = normal(shape, dtype, 1), gains(shape[-1], dtype)
+    residual = heads_first(shape, dtype).copy_(normal(shape, dtype, 2))
+    expected = rms_norm_forward(x, weight, EPS, residual=residual)
+    wide, columns = columns_of_wider(shape, dtype)
+    places = {"columns": columns, "heads first": heads_first(shape, dtype)}
+    h_out = (places | {"x": x, "residual": residual})[target]
+    got = rms_norm_forward(x, weight, EPS, residual=residual, h_out=h_out)
+    assert got[2] is h_out
+    for ours, same in zip(got, expected, strict=True):
+        assert torch.equal(ours, same)
+    assert wide[:, :SPARE].isnan().all() and wide[:, -SPARE:].isnan().all()
+    others = {"x": x, "residual": residual}
+    others.pop(target, None)
+    for seed, name in ((1, "x"), (2, "residual")):
+        if name in others:
+            assert torch.equal(others[name], normal(shape, dtype, seed))
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("has_residual", [False, True])
+@pytest.mark.parametrize("shape", SHAPES)
+def test_backward_writes_the_bits_of_the_forward_pass_once_more(shape, has_residual, dtype):
+    h, dy, weight = normal(shape, dtype, 1, 3.0), normal(shape, dtype, 2), gains(shape[-1], dtype)
+    y, rstd, _ = rms_norm_forward(h, weight, EPS)
+    residual_grad = normal(shape, dtype, 3) if has_residual else None
+    options = {"residual_grad": residual_grad, "needs_weight_grad": has_residual}
+    expected = rms_norm_backward(dy, h, weight, rstd, **options)
+    wide, columns = columns_of_wider(shape, dtype)
+    for normed in (columns, heads_first(shape, dtype)):
+        dx, dweight = rms_norm_backward(dy, h, weight, rstd, normed=normed, **options)
+        assert torch.equal(normed, y) and torch.equal(dx, expected[0])
+        assert torch.equal(dweight, expected[1]) if has_residual else dweight is None
+    assert wide[:, :SPARE].isnan().all() and wide[:, -SPARE:].isnan().all()
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("shape", [(37, 123), (9, 3, 64)])
 @pytest.mark.parametrize("needs_weight_grad", [False, True])
 def test_backward_may_overwrite_the_gradient_it_adds_or_the_one_it_takes(
@@ -149,10 +189,13 @@ def test_backward_may_overwrite_the_gradient_it_adds_or_the_one_it_takes(
 @pytest.mark.parametrize("shape", [(123, 123), (11, 1030), (61, 3, 128)])
 def test_programs_of_several_tiles_sum_dweight_over_every_row_once(shape, monkeypatch):
     monkeypatch.setattr(module, "WEIGHT_GRAD_PROGRAMS", 2)
+    monkeypatch.setattr(module, "_backward_launches", ReadyLaunches())
     h, dy, weight = (normal(shape, torch.float32, seed) for seed in range(3))
     weight = gains(shape[-1], torch.float32)
-    rstd = rms_norm_forward(h, weight, EPS)[1]
-    got = rms_norm_backward(dy, h, weight, rstd, needs_weight_grad=True)
+    y, rstd, _ = rms_norm_forward(h, weight, EPS)
+    normed = torch.full_like(y, NAN)
+    got = rms_norm_backward(dy, h, weight, rstd, needs_weight_grad=True, normed=normed)
+    assert torch.equal(normed, y)
     stock = gradients(stock_norm, h, weight, dy, None, torch.float32)
     truth = gradients(exact_norm, h, weight, dy, None, torch.float64)
     for name, *three in zip(("dx", "dweight"), got, stock, truth, strict=True):
@@ -202,8 +245,10 @@ def test_float64_is_exact(shape):
     x, residual, dy, dh = (normal(shape, torch.float64, seed) for seed in range(4))
     weight = gains(shape[-1], torch.float64)
     y, rstd, h = rms_norm_forward(x, weight, EPS, residual=residual)
-    got = rms_norm_backward(dy, h, weight, rstd, residual_grad=dh, needs_weight_grad=True)
-    assert rstd.dtype == torch.float64
+    normed = torch.empty_like(y)
+    options = {"residual_grad": dh, "needs_weight_grad": True, "normed": normed}
+    got = rms_norm_backward(dy, h, weight, rstd, **options)
+    assert torch.equal(normed, y) and rstd.dtype == torch.float64
     truth = gradients(exact_norm, x + residual, weight, dy, dh, torch.float64)
     truth.append(exact_norm(x + residual, weight))
     for ours, exact in zip((*got, y), truth, strict=True):
@@ -277,6 +322,8 @@ def test_what_does_not_fit_is_refused_by_name():
         ({"residual": x.half()}, "residual does not fit x"),
         ({"residual": x[:3]}, "residual does not fit x"),
         ({"out": x.t().contiguous().t()}, "out does not fit x"),
+        ({"residual": x, "h_out": x[:, :5]}, "h_out does not fit x"),
+        ({"h_out": x}, "h_out is given although there is no residual"),
     ):
         with pytest.raises(ValueError, match=message):
             rms_norm_forward(**({"x": x, "weight": weight, "eps": EPS} | changes))
@@ -284,6 +331,7 @@ def test_what_does_not_fit_is_refused_by_name():
         ({"dy": x.half()}, "dy does not fit h"),
         ({"residual_grad": x[:3]}, "residual_grad does not fit h"),
         ({"out": x[:, :5]}, "out does not fit h"),
+        ({"normed": x.half()}, "normed does not fit h"),
         ({"rstd": rstd.double()}, "rstd does not fit h"),
         ({"rstd": rstd[:3]}, "rstd does not fit h"),
         ({"rstd": rstd.repeat(2)[::2]}, "rstd does not fit h"),

@@ -10,7 +10,7 @@ import torch
 from kernel_helpers import BACKENDS, DEVICE, DTYPES, assert_as_exact_as_stock, relative_error
 from torch.nn import functional
 
-from colab_qlora.kernels import swiglu
+from colab_qlora.kernels import swiglu, swiglu_reference
 from colab_qlora.kernels.backend import use_backend
 from colab_qlora.kernels.swiglu import (
     ACTIVATIONS,
@@ -179,7 +179,9 @@ def test_autograd_copies_a_transposed_input():
 def test_the_reference_is_exact_in_float64_and_in_chunks(activation, backend, monkeypatch):
     if backend == "triton":
         pytest.skip("the kernels compute in float32")
-    monkeypatch.setattr(swiglu, "CHUNK_ELEMENTS", 100)  # 3 rows of 31, and a last chunk of 2
+    monkeypatch.setattr(
+        swiglu_reference, "CHUNK_ELEMENTS", 100
+    )  # 3 rows of 31, and a last chunk of 2
     gate, up, dm = (random_columns((11, 31), torch.float64, seed) for seed in range(3))
     m, d_gate, d_up = plain(gate, up, dm, activation)
     got = (

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from typing import Any
 
 import torch
@@ -43,7 +44,7 @@ FAMILIES = {
 def tiny_model(family: str = "llama", dtype: torch.dtype = torch.float64, **lora: Any) -> Any:
     """A PEFT model in training mode whose adapters are not at their zero start."""
     torch.manual_seed(1)
-    config = FAMILIES[family]
+    config = copy.deepcopy(FAMILIES[family])  # what a test changes stays in its own model
     config._attn_implementation = "sdpa"
     model = transformers.AutoModelForCausalLM.from_config(config).to(dtype)
     # transformers starts biases and norms at 0 and 1, where a mistake in them would not show

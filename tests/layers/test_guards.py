@@ -172,7 +172,7 @@ def test_a_store_may_keep_copies_elsewhere(monkeypatch: pytest.MonkeyPatch, plan
             kept = super().get(name)
             return None if kept is None else kept.clone()
 
-    monkeypatch.setattr("colab_qlora.models.fused_layer.SavedTensors", Elsewhere)
+    monkeypatch.setattr("colab_qlora.models.fused_state.SavedTensors", Elsewhere)
     model, inputs = tiny_model(), batch()
     _, expected = true_loss_and_gradients(model, inputs)
     state = fuse(model)
