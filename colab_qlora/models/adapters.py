@@ -11,10 +11,12 @@ import re
 from collections.abc import Iterable, Sequence
 from typing import Any
 
+from colab_qlora.activations.memory_plan import check_budgets
 from colab_qlora.errors import UserError
 from colab_qlora.models.fuse import fuse, fused_layers
 from colab_qlora.models.quiet_import import without_rename_warnings
 from colab_qlora.models.settings import ATTRIBUTE, CHECKPOINTING_MODES, ModelSettings, settings_of
+from colab_qlora.models.smart import plan_batches, stop_planning
 
 DEFAULT_TARGETS = (
     "q_proj",
@@ -38,6 +40,8 @@ def attach_lora(
     random_state: int = 3407,
     *,
     use_fused_layers: bool = True,
+    memory_budget_gib: float | None = None,
+    host_budget_gib: float | None = None,
     **lora_options: Any,
 ) -> Any:
     """Wrap `model` in a plain `PeftModel`; arguments as `FastLanguageModel.get_peft_model`."""
@@ -59,7 +63,9 @@ def attach_lora(
     adapted = _with_adapters(model, config, random_state)
     if use_fused_layers:
         fuse(adapted)
-    set_gradient_checkpointing(adapted, use_gradient_checkpointing)
+    set_gradient_checkpointing(
+        adapted, use_gradient_checkpointing, memory_budget_gib, host_budget_gib
+    )
     return adapted.train()
 
 
@@ -149,14 +155,26 @@ def linear_names(model: Any) -> list[str]:
     ]
 
 
-def set_gradient_checkpointing(model: Any, mode: bool | str) -> None:
+def set_gradient_checkpointing(
+    model: Any,
+    mode: bool | str,
+    memory_budget_gib: float | None = None,
+    host_budget_gib: float | None = None,
+) -> None:
     """Switch activation checkpointing: False keeps all activations, True recomputes whole layers.
 
-    "smart" (and "unsloth", another name for it) leaves the choice to the kit; today it is the same
-    as True.
+    "smart" (and "unsloth", another name for it) plans every batch: what fits stays, what travels
+    for nothing waits in host memory, and the rest is recomputed.
+
+    Args:
+        model: a model with adapters.
+        mode: see above.
+        memory_budget_gib: with "smart", most GPU memory that torch may hand out, in GiB; None: what
+            is free when a plan is made.
+        host_budget_gib: with "smart", most host memory to pin; 0 to offload nothing.
 
     Raises:
-        UserError: another value.
+        UserError: another value, or a budget without "smart".
     """
     if isinstance(mode, str) and mode.lower() in {"true", "false"}:
         mode = mode.lower() == "true"
@@ -167,6 +185,15 @@ def set_gradient_checkpointing(model: Any, mode: bool | str) -> None:
             allowed="False, True, 'smart' ('unsloth' is another name for it)",
         )
     mode = "smart" if mode == "unsloth" else mode
+    budgets = (memory_budget_gib, host_budget_gib)
+    if mode != "smart" and budgets != (None, None):
+        raise UserError(
+            "a memory budget needs a planner",
+            got=f"use_gradient_checkpointing={mode}",
+            allowed="memory_budget_gib and host_budget_gib with use_gradient_checkpointing='smart'",
+        )
+    check_budgets(*budgets)
+    stop_planning(model)
     if mode is False:
         disable_checkpointing(model)
     else:
@@ -175,6 +202,8 @@ def set_gradient_checkpointing(model: Any, mode: bool | str) -> None:
         # embedding is frozen; a fused layer needs none
         if not fused_layers(model):
             model.enable_input_require_grads()
+    if mode == "smart":
+        plan_batches(model, *budgets)
     settings = settings_of(model)
     if settings is None:
         name = getattr(model.config, "_name_or_path", "") or type(model).__name__
@@ -183,6 +212,7 @@ def set_gradient_checkpointing(model: Any, mode: bool | str) -> None:
         settings = ModelSettings(name, min(2048, positions), dtype)
         setattr(model, ATTRIBUTE, settings)
     settings.use_gradient_checkpointing = mode
+    settings.memory_budget_gib, settings.host_budget_gib = budgets
 
 
 def _enable_checkpointing(model: Any) -> None:

@@ -2,7 +2,8 @@
 
 The families differ little: Llama (2, 3, 3.1, 3.2), Mistral, Qwen2 and 2.5 (biases on q, k, v),
 Qwen3 (a norm on every head of q and k), SmolLM2 (a Llama) and SmolLM3 (layers without positions).
-What is read here is read again at every pass, since adapters may be switched in between.
+Adapters may be switched between any two passes: what was read holds while
+`watch_layer` finds nothing changed.
 """
 
 from __future__ import annotations
@@ -12,9 +13,10 @@ from typing import Any
 
 from colab_qlora.kernels.swiglu import activation_name
 from colab_qlora.layers.layer_parts import LayerParts, Norm
-from colab_qlora.layers.linear import LinearPart, read_linear
-from colab_qlora.layers.linear_group import LinearGroup
+from colab_qlora.layers.linear import LinearPart, read_linear, watch_linear
+from colab_qlora.layers.linear_group import PADDING, LinearGroup
 from colab_qlora.layers.scratch import Scratch
+from colab_qlora.layers.watch import Watch
 from colab_qlora.models.fused_norm import RMS_NORMS
 
 # class name of the decoder layer -> the module of transformers that it must come from: a class of
@@ -27,6 +29,13 @@ DECODER_LAYERS = {
     "SmolLM3DecoderLayer": "smollm3",
 }
 _CHILDREN = ("self_attn", "mlp", "input_layernorm", "post_attention_layernorm")
+# the four groups of linears that share an input, and whose children they are
+_LINEARS = {
+    "qkv": ("self_attn", ("q_proj", "k_proj", "v_proj")),
+    "o": ("self_attn", ("o_proj",)),
+    "gate_up": ("mlp", ("gate_proj", "up_proj")),
+    "down": ("mlp", ("down_proj",)),
+}
 _CAPTURING = "transformers.utils.output_capturing"
 
 
@@ -75,6 +84,31 @@ def why_stock_now(layer: Any) -> str:
     return ""
 
 
+def watch_layer(layer: Any) -> Watch:
+    """Watch everything that `why_stock_now` and `read_layer` follow from."""
+    watch = Watch()
+    attention, mlp = layer.self_attn, layer.mlp
+    inside = layer.__dict__["_modules"]
+    watch.attribute(layer, "training")
+    watch.attribute(attention, "attention_dropout", "use_rope", "sliding_window", "config")
+    watch.attribute(attention.config, "hidden_act", "sliding_window")
+    for name in _CHILDREN:
+        watch.module(watch.item(inside, name))
+    watch.module(watch.item(mlp.__dict__["_modules"], "act_fn"))
+    norms = [layer.input_layernorm, layer.post_attention_layernorm]
+    for name in ("q_norm", "k_norm"):
+        norm = watch.item(attention.__dict__["_modules"], name)
+        norms += [] if norm is None else [norm]
+    for norm in norms:
+        watch.module(norm)
+        watch.parameters(norm)
+        watch.attribute(norm, "variance_epsilon")
+    for owner, names in _LINEARS.values():
+        for name in names:
+            watch_linear(watch.item(inside[owner].__dict__["_modules"], name), watch)
+    return watch
+
+
 @functools.cache
 def _activation_class(hidden_act: str) -> Any:
     from transformers.activations import ACT2FN
@@ -84,17 +118,17 @@ def _activation_class(hidden_act: str) -> Any:
 
 def layer_linears(layer: Any) -> dict[str, list[LinearPart]]:
     """The layer's linears in the four groups that share an input."""
-    attention, mlp = layer.self_attn, layer.mlp
-    groups = {
-        "qkv": (attention, ("q_proj", "k_proj", "v_proj")),
-        "o": (attention, ("o_proj",)),
-        "gate_up": (mlp, ("gate_proj", "up_proj")),
-        "down": (mlp, ("down_proj",)),
-    }
     return {
-        group: [read_linear(name, getattr(owner, name)) for name in names]
-        for group, (owner, names) in groups.items()
+        group: [read_linear(name, getattr(getattr(layer, owner), name)) for name in names]
+        for group, (owner, names) in _LINEARS.items()
     }
+
+
+def largest_linear_bytes(layer: Any) -> int:
+    """Bytes of the layer's largest weight once it is decoded to 16 bit, with room for LoRA."""
+    linears = [part for parts in layer_linears(layer).values() for part in parts]
+    spare = PADDING["cuda"]
+    return max(2 * part.out_features * (part.in_features + spare) for part in linears)
 
 
 def read_layer(

@@ -9,6 +9,7 @@ import torch
 from colab_qlora.errors import UserError
 from colab_qlora.models.documents import Documents, stand_in
 from colab_qlora.models.fused_state import fused_state
+from colab_qlora.models.key_value_cache import cache_in
 
 
 def prepare_batch(
@@ -33,7 +34,7 @@ def prepare_batch(
         if kwargs.get("use_cache") is None:
             # a config that says use_cache=True would have every training step fill a cache
             kwargs = {**kwargs, "use_cache": False}
-    if kwargs.get("past_key_values") is not None or kwargs.get("use_cache"):
+    if cache_in(kwargs) is not None or kwargs.get("use_cache"):
         return args, kwargs
     mask, positions = kwargs.get("attention_mask"), kwargs.get("position_ids")
     if isinstance(mask, torch.Tensor) and mask.dim() == 2 and is_right_padded(mask):
@@ -41,6 +42,11 @@ def prepare_batch(
         kept = None if positions is None else stand_in(None, mask.device)
         return args, {**kwargs, "attention_mask": kept}
     has_no_cache = learns or kwargs.get("use_cache") is False
+    if has_no_cache and mask is None and positions is None:
+        # transformers would look for documents in positions that it makes itself, and wait for it
+        inputs = _inputs(args, kwargs)
+        if inputs is not None:
+            return args, {**kwargs, "attention_mask": stand_in(None, inputs.device)}
     if has_no_cache and mask is None and isinstance(positions, torch.Tensor):
         documents = _documents(positions, _batch_rows(args, kwargs))
         if documents is not None:

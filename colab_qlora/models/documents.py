@@ -54,3 +54,29 @@ def is_stand_in(mask: Any) -> bool:
 def documents_of(mask: Any) -> Documents | None:
     """The documents that a stand-in carries; None for any other mask."""
     return getattr(mask, _ATTRIBUTE, None)
+
+
+def stock_mask(
+    documents: Documents | None, hidden: torch.Tensor, window: int | None, kind: str
+) -> torch.Tensor | None:
+    """What a stand-in means, for the model's own attention code.
+
+    Args:
+        hidden: (batch, length, width), the layer's input.
+        window: reach of the attention in tokens, or None.
+        kind: the model's attention implementation; "eager" adds its mask to the scores, the
+            others know without one what causal means, and all but "sdpa" know windows too.
+    """
+    batch, length = hidden.shape[:2]
+    if documents is None:
+        knows = kind not in ("eager", "sdpa") or window is None or window >= length
+        if kind != "eager" and knows:
+            return None
+        rows = tuple((i * length, (i + 1) * length) for i in range(batch))
+        starts = torch.arange(batch + 1, dtype=torch.int32, device=hidden.device) * length
+        documents = Documents(rows, starts, length)
+    seen = documents.mask(batch, length, window)
+    if kind != "eager":
+        return seen
+    added = torch.zeros(seen.shape, dtype=hidden.dtype, device=hidden.device)
+    return added.masked_fill_(~seen, torch.finfo(hidden.dtype).min)

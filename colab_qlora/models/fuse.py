@@ -17,7 +17,7 @@ from colab_qlora.models.fused_class import stock_class
 from colab_qlora.models.fused_head import fused_head_class, is_fused_head, why_head_not_fusable
 from colab_qlora.models.fused_layer import fused_layer_class, is_fused
 from colab_qlora.models.fused_norm import can_fuse_norm, fused_norm_class, is_fused_norm
-from colab_qlora.models.fused_state import ATTRIBUTE, FusedState, fused_state
+from colab_qlora.models.fused_state import ATTRIBUTE, LAYER_NUMBER, FusedState, fused_state
 
 _HANDLES = "colab_qlora_hooks"
 
@@ -52,10 +52,10 @@ def fuse(model: Any) -> FusedState:
     layers = list(getattr(trunk, "layers", None) or [])
     fusable = bool(layers) and not any(why_not_fusable(layer) for layer in layers)
     if fusable:
-        for layer in layers:
+        for number, layer in enumerate(layers):
             stock = type(layer)
             layer.__class__ = fused_layer_class(stock)
-            layer.__dict__[ATTRIBUTE] = state
+            layer.__dict__[ATTRIBUTE], layer.__dict__[LAYER_NUMBER] = state, number
         assert trunk is not None
         causal.__dict__[_HANDLES] = [
             trunk.register_forward_pre_hook(prepare_batch, with_kwargs=True),
@@ -84,6 +84,7 @@ def restore(model: Any) -> Any:
         if is_fused(module) or is_fused_norm(module):
             module.__class__ = stock_class(type(module))
         module.__dict__.pop(ATTRIBUTE, None)
+        module.__dict__.pop(LAYER_NUMBER, None)
     for handle in causal.__dict__.pop(_HANDLES, []):
         handle.remove()
     if is_fused_head(causal):

@@ -15,8 +15,10 @@ import torch
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
 from colab_qlora.kernels.linear_cross_entropy import linear_cross_entropy
+from colab_qlora.kernels.linear_cross_entropy_inputs import count_labels
 from colab_qlora.models.fused_class import reduce_by, stock_class
 from colab_qlora.models.fused_state import fused_state
+from colab_qlora.models.key_value_cache import cache_field
 
 # models whose logits are lm_head(hidden), and what else is done to them: (scale, softcap) by config
 _PLAIN = ("Llama", "Mistral", "Qwen2", "Qwen3", "SmolLM3", "Phi3", "Gemma", "Olmo2")
@@ -69,24 +71,29 @@ def _forward(self: Any, *args: Any, **kwargs: Any) -> Any:
     del kwargs["labels"]
     items = kwargs.pop("num_items_in_batch", None)
     kwargs.pop("logits_to_keep", None)
+    shift = shift_labels is None
+    # counted while the layers run, so that nobody waits for the count at the head
+    counted = count_labels(labels if shift else shift_labels, shift=shift)
     outputs = self.model(**kwargs)
     scale, softcap = _LOGITS[type(self).__name__](self.config)
-    head = self.lm_head
+    head, state = self.lm_head, fused_state(self)
     with torch.autocast(head.weight.device.type, enabled=False):
         loss = linear_cross_entropy(
             outputs.last_hidden_state.to(head.weight.dtype),
             head.weight,
-            labels if shift_labels is None else shift_labels,
+            counted,
             bias=head.bias,
-            shift=shift_labels is None,
+            shift=shift,
             num_items_in_batch=items,
             softcap=softcap,
             logit_scale=scale,
+            memory_budget_bytes=state.chunk_of_logits_bytes() if state else None,
         )
+    cache = cache_field(type(outputs))
     result = CausalLMOutputWithPast(
+        **{cache_field(CausalLMOutputWithPast): getattr(outputs, cache)},
         loss=loss,
         logits=None,
-        past_key_values=outputs.past_key_values,
         hidden_states=outputs.hidden_states,
         attentions=outputs.attentions,
     )

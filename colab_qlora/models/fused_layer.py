@@ -13,12 +13,12 @@ from typing import Any
 import torch
 
 from colab_qlora.layers.decoder_layer import fused_layer
-from colab_qlora.layers.layer_parts import Pass
-from colab_qlora.layers.saved import SavedTensors
-from colab_qlora.models.architectures import attention_window, read_layer, why_stock_now
-from colab_qlora.models.documents import documents_of, is_stand_in
+from colab_qlora.layers.layer_parts import LayerParts, Pass
+from colab_qlora.models.architectures import attention_window
+from colab_qlora.models.documents import documents_of, is_stand_in, stock_mask
 from colab_qlora.models.fused_class import reduce_by, stock_class
-from colab_qlora.models.fused_state import fused_state
+from colab_qlora.models.fused_state import LayerChoice, fused_state
+from colab_qlora.models.key_value_cache import cache_in
 
 
 @functools.cache
@@ -41,51 +41,51 @@ def _forward(
     hidden_states: torch.Tensor,
     attention_mask: torch.Tensor | None = None,
     position_ids: torch.Tensor | None = None,
-    past_key_values: Any = None,
+    *,
     use_cache: bool | None = False,
     position_embeddings: tuple[torch.Tensor, torch.Tensor] | None = None,
     **kwargs: Any,
 ) -> torch.Tensor:
     state = fused_state(self)
     assert state is not None
-    reason = _why_stock(self, hidden_states, attention_mask, past_key_values, kwargs)
-    if reason:
-        if past_key_values is None:  # generation is meant to take the model's own code
+    reason = _why_stock(hidden_states, attention_mask, kwargs)
+    parts: LayerParts | None = None
+    choice: LayerChoice | None = None
+    if not reason:
+        choice = state.choice_for(self, hidden_states, attention_mask)
+        reason, parts = state.reading_of(self, choice)
+    if parts is None or choice is None:
+        if cache_in(kwargs) is None:  # generation is meant to take the model's own code
             state.stock_passes[reason] = state.stock_passes.get(reason, 0) + 1
         return _stock_forward(
             self,
             hidden_states,
             attention_mask=attention_mask,
             position_ids=position_ids,
-            past_key_values=past_key_values,
             use_cache=use_cache,
             position_embeddings=position_embeddings,
             **kwargs,
         )
     assert position_embeddings is not None
-    parts = read_layer(
-        self, state.scratch, state.max_weight_bytes, holds_gate_up=state.holds_gate_up
-    )
     lead = tuple(hidden_states.shape[:-1])
     heads = (parts.q_heads, parts.kv_heads, parts.head_dim)
     scale, window = float(self.self_attn.scaling), parts.window
-    cos, sin = (table.reshape(-1, table.shape[-1]) for table in position_embeddings)
+    cos, sin = state.tables(position_embeddings)
     shape = state.attention_shape(lead, heads, scale, attention_mask, window)
     kind = hidden_states.device.type
     autocast = (torch.is_autocast_enabled(kind), torch.get_autocast_dtype(kind))
-    run = Pass(shape, cos, sin, lead, state.scratch, autocast, state.mlp_tokens)
-    return fused_layer(hidden_states, parts, run, SavedTensors(state.plan_for(self)))
+    chunks = state.mlp_chunks(parts, choice, shape.tokens)
+    run = Pass(shape, cos, sin, lead, state.scratch, autocast, chunks)
+    return fused_layer(hidden_states, parts, run, state.store_for(choice))
 
 
 def _why_stock(
-    self: Any,
     hidden: torch.Tensor,
     mask: torch.Tensor | None,
-    cache: Any,
     kwargs: dict[str, Any],
 ) -> str:
     """Why this call takes the model's own code; empty if the fused layer can run."""
-    if cache is not None:
+    if cache_in(kwargs) is not None:
         return "generation with a key-value cache"
     if kwargs.get("output_attentions"):
         return "attention weights were asked for"
@@ -95,7 +95,7 @@ def _why_stock(
         return "an attention mask of another form"
     if hidden.dtype == torch.float32 and torch.is_autocast_enabled(hidden.device.type):
         return "float32 hidden states under autocast"
-    return why_stock_now(self)
+    return ""
 
 
 def _stock_forward(self: Any, hidden: torch.Tensor, **kwargs: Any) -> torch.Tensor:
@@ -103,11 +103,12 @@ def _stock_forward(self: Any, hidden: torch.Tensor, **kwargs: Any) -> torch.Tens
     tables = kwargs.get("position_embeddings")
     if tables is not None:
         kwargs["position_embeddings"] = tuple(t.to(hidden.dtype) for t in tables)
-    if is_stand_in(kwargs.get("attention_mask")):
-        documents = documents_of(kwargs["attention_mask"])
-        sizes = (hidden.shape[0], hidden.shape[1], attention_window(self.self_attn))
-        kwargs["attention_mask"] = None if documents is None else documents.mask(*sizes)
+    mask = kwargs.get("attention_mask")
+    if is_stand_in(mask):
+        attention = self.self_attn
+        window, kind = attention_window(attention), attention.config._attn_implementation
+        kwargs["attention_mask"] = stock_mask(documents_of(mask), hidden, window, kind)
     stock = functools.partial(stock_class(type(self)).forward, self, **kwargs)
-    if self.gradient_checkpointing and self.training and kwargs.get("past_key_values") is None:
+    if self.gradient_checkpointing and self.training and cache_in(kwargs) is None:
         return self._gradient_checkpointing_func(stock, hidden)
     return stock(hidden)

@@ -21,6 +21,7 @@ class ModelSettings:
         max_seq_length: longest training sequence, in tokens.
         compute_dtype: "bfloat16", "float16" or "float32".
         use_gradient_checkpointing: False, True or "smart"; None until adapters are attached.
+        memory_budget_gib, host_budget_gib: what "smart" may use, in GiB; None: what is free.
         notes: one line for each thing that was not done as asked, with the reason.
     """
 
@@ -28,6 +29,8 @@ class ModelSettings:
     max_seq_length: int
     compute_dtype: str
     use_gradient_checkpointing: bool | str | None = None
+    memory_budget_gib: float | None = None
+    host_budget_gib: float | None = None
     notes: list[str] = field(default_factory=list)
 
 

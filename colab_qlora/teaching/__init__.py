@@ -13,6 +13,7 @@ from colab_qlora.lazy import lazy_names
 # public name -> the module that defines it; no module has the name of what it defines, or its
 # import would put the module where the function is expected
 _EXPORTS = {
+    "GUESSES": "guessing",
     "HyperparameterTable": "hyperparameters",
     "LayerShape": "activations",
     "LoraRow": "lora",
@@ -21,14 +22,18 @@ _EXPORTS = {
     "StartingValue": "hyperparameters",
     "T4_LIMIT_GIB": "memory",
     "WeightPair": "nf4",
+    "check_guess": "guessing",
     "describe_lora_shapes": "lora_picture",
     "describe_memory": "memory_picture",
     "describe_nf4_levels": "nf4_pictures",
+    "describe_plan": "plan_picture",
     "describe_weight_histogram": "nf4_pictures",
     "draw_lora_shapes": "lora_picture",
     "draw_memory": "memory_picture",
     "draw_nf4_levels": "nf4_pictures",
+    "draw_plan": "plan_picture",
     "draw_weight_histogram": "nf4_pictures",
+    "exercise_runs": "guessing",
     "format_lora_table": "lora",
     "hyperparameter_table": "hyperparameters",
     "layer_bytes_per_token": "activations",
@@ -37,12 +42,14 @@ _EXPORTS = {
     "memory_parts": "memory",
     "nf4_levels": "nf4",
     "nf4_round_trip": "nf4",
+    "panel_hints": "plan_for_panel",
     "show": "display",
     "weight_before_and_after": "nf4",
     "weight_parts": "memory",
 }
 
 __all__ = [
+    "GUESSES",
     "STARTING_VALUES",
     "T4_LIMIT_GIB",
     "HyperparameterTable",
@@ -51,14 +58,18 @@ __all__ = [
     "MemoryPart",
     "StartingValue",
     "WeightPair",
+    "check_guess",
     "describe_lora_shapes",
     "describe_memory",
     "describe_nf4_levels",
+    "describe_plan",
     "describe_weight_histogram",
     "draw_lora_shapes",
     "draw_memory",
     "draw_nf4_levels",
+    "draw_plan",
     "draw_weight_histogram",
+    "exercise_runs",
     "format_lora_table",
     "hyperparameter_table",
     "layer_bytes_per_token",
@@ -67,6 +78,7 @@ __all__ = [
     "memory_parts",
     "nf4_levels",
     "nf4_round_trip",
+    "panel_hints",
     "show",
     "weight_before_and_after",
     "weight_parts",
@@ -75,6 +87,7 @@ __all__ = [
 if TYPE_CHECKING:
     from colab_qlora.teaching.activations import LayerShape, layer_bytes_per_token, layer_shape
     from colab_qlora.teaching.display import show
+    from colab_qlora.teaching.guessing import GUESSES, check_guess, exercise_runs
     from colab_qlora.teaching.hyperparameters import (
         STARTING_VALUES,
         HyperparameterTable,
@@ -97,5 +110,7 @@ if TYPE_CHECKING:
         draw_nf4_levels,
         draw_weight_histogram,
     )
+    from colab_qlora.teaching.plan_for_panel import panel_hints
+    from colab_qlora.teaching.plan_picture import describe_plan, draw_plan
 
 __getattr__, __dir__ = lazy_names(__name__, _EXPORTS, __all__)

@@ -16,7 +16,7 @@ For Llama-3-8B (H 4096, I 14336, Q 4096, K 1024, n 32, rank 16) that is 184,680 
 of the project's notes on activations has it, and as torch.cuda.memory_allocated showed on an H100
 in bfloat16. On a CPU under autocast PEFT does not see the autocast and makes float32 copies, so
 that q, k, v, o, gate and up each save a cast of their own input, b * (3 H + Q) more: 217,448 bytes
-(B2: 217,312, without log-sum-exp and the norms). A fused layer needs 94,560 at least.
+(B2: 217,312, without log-sum-exp and the norms). A fused layer needs 94,568 at least.
 
 More is kept where scaled-dot-product attention cannot use its lean kernels. Measured with
 Llama-3-8B's shapes on an H100, 2 x 2048 tokens: with a padding mask 16,384 bytes more (keys and

@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from colab_qlora.curves.draw import figure_bundle
+from colab_qlora.curves.live_display import has_kernel
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -23,17 +24,8 @@ def show(fig: Figure, text: str) -> None:
         fig: the figure.
         text: what it says, from the `describe_...` function that belongs to the drawing function.
     """
-    if _in_notebook():
+    if has_kernel():
         from IPython.display import display
 
         display(figure_bundle(fig, text), raw=True)
     print(text)
-
-
-def _in_notebook() -> bool:
-    try:
-        from IPython import get_ipython
-    except ImportError:
-        return False
-    # IPython in a terminal has no kernel and would print the words of the bundle as well
-    return getattr(get_ipython(), "kernel", None) is not None

@@ -8,8 +8,8 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-from colab_qlora.curves.artists import LIGHT
-from colab_qlora.curves.layout import DPI, TEXT_PT, TITLE_PT
+from colab_qlora.curves.picture.artists import LIGHT
+from colab_qlora.curves.picture.layout import DPI, TEXT_PT, TITLE_PT
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
-from colab_qlora.curves.layout import spread
+from colab_qlora.curves.picture.layout import spread
 from colab_qlora.errors import UserError
 from colab_qlora.teaching.figures import (
     INK,

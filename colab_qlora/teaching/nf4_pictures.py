@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import torch
 
-from colab_qlora.curves.layout import DPI, TEXT_PT
+from colab_qlora.curves.picture.layout import DPI, TEXT_PT
 from colab_qlora.teaching.figures import (
     GRID,
     INK,

@@ -148,7 +148,7 @@ def test_second_backward_is_refused_in_words(adapted: Any, ids: Any) -> None:
     assert all(torch.isfinite(p.grad).all() for p in adapted.parameters() if p.grad is not None)
 
 
-def test_checkpointing_keeps_the_layer_inputs_only(adapted: Any, ids: Any) -> None:
+def test_checkpointing_keeps_little_but_the_layer_inputs(adapted: Any, ids: Any) -> None:
     def kept_bytes() -> int:
         loss = adapted(input_ids=ids, labels=ids).loss
         node, nodes = loss.grad_fn, []
@@ -165,14 +165,14 @@ def test_checkpointing_keeps_the_layer_inputs_only(adapted: Any, ids: Any) -> No
     first = {n: p.grad.clone() for n, p in adapted.named_parameters() if p.grad is not None}
     adapted.zero_grad()
     set_gradient_checkpointing(adapted, True)
-    assert kept_bytes() == ids.numel() * 64 * 4
+    assert kept_bytes() == ids.numel() * (64 + 4) * 4  # and the rank-4 products of down_proj
     for name, parameter in adapted.named_parameters():
         if parameter.grad is not None:
             error = (parameter.grad - first[name]).norm() / first[name].norm()
             assert float(error) < 1e-5, name
-    # h0, q, k, v, o, lse, h1, gate, up and the rank-4 products, in float32
+    # h0, q, k, v, o, lse, h1, gate, up, two 1 / rms and the rank-4 products, in float32
     heads, width, inner, ranks = 64 + 2 * 32, 64, 128, 7 * 4
-    per_token = 4 * (3 * width + heads + 4 + 2 * inner + ranks)
+    per_token = 4 * (3 * width + heads + 4 + 2 * inner + 2 + ranks)
     assert everything == ids.numel() * per_token
 
 
@@ -297,6 +297,23 @@ def test_attention_weights_take_the_models_own_code(adapted: Any, ids: Any) -> N
     assert out.attentions[0].shape == (2, 4, 12, 12)
     assert torch.allclose(out.logits, expected, atol=1e-4)
     assert "attention weights were asked for" in str(describe(adapted))
+
+
+@pytest.mark.parametrize("kind", ["eager", "sdpa"])
+def test_the_models_own_code_sees_right_padding_and_window(
+    adapted: Any, ids: Any, kind: str
+) -> None:
+    mask = torch.ones_like(ids)
+    mask[1, 9:] = 0
+    model = adapted.get_base_model()
+    labels = ids.masked_fill(mask == 0, -100)
+    adapted.set_attn_implementation(kind)
+    expected = adapted(input_ids=ids, attention_mask=mask, labels=labels).loss
+    for layer in model.model.layers:
+        layer.self_attn.attention_dropout = 1e-9  # a reason for the model's own code, and no more
+    found = adapted(input_ids=ids, attention_mask=mask, labels=labels).loss
+    assert "attention dropout" in str(describe(adapted))
+    assert abs(float((found - expected).detach())) < 1e-4
 
 
 def test_a_label_outside_the_vocabulary_is_named(adapted: Any, ids: Any) -> None:

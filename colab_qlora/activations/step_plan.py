@@ -1,0 +1,343 @@
+"""The plan of a training step: `planner.py` on the costs of a real model, checked by its real peak.
+
+The planner adds what is kept to a fixed number of bytes. The peak of a step is not quite such a
+sum: while an early layer is rebuilt, later ones have let their tensors go. So the fixed number is
+searched: the smallest one whose plan still has its true peak (`phase_costs.py`) inside the budget.
+
+Beside what each layer keeps, a step has settings, each of which saves memory at the price of time:
+the MLP in chunks of tokens (weights are decoded again for each chunk), gate and up decoded once or
+twice where they are recomputed, one weight decoded at a time, smaller chunks of logits. Each
+combination is planned, the fastest first, until no further one can win.
+"""
+
+from __future__ import annotations
+
+import itertools
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from functools import cached_property
+
+from colab_qlora.activations.cost_settings import CostSettings
+from colab_qlora.activations.model_shape import LINEARS
+from colab_qlora.activations.phase_costs import Moment, step_moments
+from colab_qlora.activations.plan import BudgetTooSmall, CopyLimits, Item, Plan, Setting
+from colab_qlora.activations.planner import make_plan
+from colab_qlora.activations.saved_classes import (
+    CLASSES,
+    OFFLOADABLE,
+    class_bytes,
+    host_blocks,
+    names_of,
+)
+from colab_qlora.activations.static_costs import nf4_bytes
+from colab_qlora.activations.step_time import Batch
+
+_MIB = 2**20
+# tokens of a chunk of the MLP; fewer leave a large GPU waiting for the weights
+MLP_CHUNKS = (32768, 16384, 8192, 4096, 2048, 1024)
+SMALL_LOGITS_BYTES = 64 * _MIB
+# an assumption: a GEMM over a quarter of the rows, which reads the head as often again
+SMALL_LOGITS_SHARE = 0.1
+# an assumption: two more launches of a decode and a GEMM for each layer and direction
+LAUNCH_S = 10e-6
+_SEARCH_STEPS = 12
+# more tokens, or bytes, than there are: nothing is divided
+WHOLE = 2**62
+
+
+@dataclass(frozen=True)
+class StepPlan:
+    """What every layer of a model keeps, offloads and recomputes, and what the step then costs.
+
+    Attributes:
+        batch: the micro-batch and GPU it was made for, with the settings that were chosen.
+        sequences: sequences in the micro-batch.
+        plan: by classes of tensors (`saved_classes.CLASSES`), from the first layer to the last.
+        moments: of each phase of the step its worst moment, as `phase_costs.step_moments`.
+        other_bytes: GPU memory that belongs to something else, part of the peak.
+    """
+
+    batch: Batch
+    sequences: int
+    plan: Plan
+    moments: dict[str, Moment]
+    other_bytes: int = 0
+
+    @property
+    def peak_bytes(self) -> int:
+        """What torch.cuda.max_memory_allocated will show."""
+        return self.peak.bytes + self.other_bytes
+
+    @property
+    def peak(self) -> Moment:
+        """The moment at which most memory is in use."""
+        return max(self.moments.values(), key=lambda moment: moment.bytes)
+
+    @cached_property
+    def keep(self) -> tuple[frozenset[str], ...]:
+        """Names of tensors (`layers/saved.py`) that stay on the GPU, for each layer."""
+        return tuple(names_of(classes) for classes in self.plan.keep)
+
+    @cached_property
+    def offload(self) -> tuple[frozenset[str], ...]:
+        """Names of tensors that wait in host memory, for each layer."""
+        return tuple(names_of(classes) for classes in self.plan.offload)
+
+    @cached_property
+    def stored(self) -> tuple[frozenset[str], ...]:
+        """Names of tensors that are kept or offloaded, for each layer."""
+        return tuple(kept | moved for kept, moved in zip(self.keep, self.offload, strict=True))
+
+    def host_blocks(self) -> list[int]:
+        """Bytes of each block of host memory that the plan uses, of all layers."""
+        batch = self.batch
+        layer = (batch.shape, batch.tokens, batch.tokens // self.sequences, batch.rank)
+        return [
+            size
+            for classes in self.plan.offload
+            for size in host_blocks(*layer, sorted(classes), batch.settings)
+        ]
+
+    @property
+    def step_s(self) -> float:
+        """Predicted seconds of one micro-batch with the optimiser's step."""
+        return self.batch.step_s(self.plan.recompute) + self.plan.exposed_s + self.plan.setting_s
+
+    @property
+    def full_checkpointing_s(self) -> float:
+        """Predicted seconds of a step that runs every layer forward twice, as stock does."""
+        nothing = [frozenset[str]()] * self.batch.shape.layers
+        return self.batch.step_s(nothing) + self.batch.shape.layers * self.batch.forward_s
+
+    @property
+    def recompute_share(self) -> float:
+        """Seconds of recomputation, as a share of running every layer forward once more."""
+        return self.plan.recompute_s / (self.batch.shape.layers * self.batch.forward_s)
+
+
+def plan_step(
+    batch: Batch,
+    sequences: int,
+    budget_bytes: int,
+    host_bytes: int = 0,
+    *,
+    other_bytes: int = 0,
+) -> StepPlan:
+    """The fastest step whose peak is within the budget.
+
+    Args:
+        batch: the micro-batch, its `settings.mlp_tokens`, `holds_gate_up`, `max_weight_bytes` and
+            `logits_budget_bytes` are tried first, and kept wherever memory allows.
+        sequences: sequences in the micro-batch.
+        budget_bytes: most that torch's allocator may have handed out.
+        host_bytes: pinned host memory; 0 to offload nothing.
+        other_bytes: GPU memory of things that are not the model's.
+
+    Raises:
+        BudgetTooSmall: no plan fits.
+    """
+    best: StepPlan | None = None
+    failures: list[BudgetTooSmall] = []
+    for extra_s, settings in sorted(_settings(batch), key=lambda entry: entry[0]):
+        if best is not None and best.plan.seconds <= extra_s:
+            break
+        search = _Search(replace(batch, settings=settings), sequences, host_bytes, extra_s)
+        try:
+            found = search.best(budget_bytes - other_bytes)
+        except BudgetTooSmall as error:
+            failures.append(error)
+            continue
+        found = replace(found, other_bytes=other_bytes)
+        if best is None or found.plan.seconds < best.plan.seconds * (1 - 1e-9):
+            best = found
+    if best is None:
+        smallest = min(failures, key=lambda error: error.floor_bytes)
+        raise _with_others(smallest, budget_bytes, other_bytes)
+    return best
+
+
+def can_plan(
+    batch: Batch, sequences: int, budget_bytes: int, host_bytes: int = 0, other_bytes: int = 0
+) -> bool:
+    """Whether any plan fits: those of the settings with the least memory are tried."""
+    settings = max(_settings(batch), key=lambda entry: (not entry[1].holds_gate_up, entry[0]))[1]
+    search = _Search(replace(batch, settings=settings), sequences, host_bytes, 0.0)
+    try:
+        search.best(budget_bytes - other_bytes, is_any_enough=True)
+    except BudgetTooSmall:
+        return False
+    return True
+
+
+def _with_others(error: BudgetTooSmall, budget_bytes: int, other_bytes: int) -> BudgetTooSmall:
+    parts = {**error.parts, **({"other tensors": other_bytes} if other_bytes else {})}
+    return BudgetTooSmall(
+        error.floor_bytes + other_bytes,
+        budget_bytes,
+        dict(sorted(parts.items(), key=lambda part: -part[1])),
+        error.host_bytes_needed,
+        error.tokens_share,
+    )
+
+
+class _Search:
+    """Plans with one combination of settings."""
+
+    def __init__(self, batch: Batch, sequences: int, host_bytes: int, extra_s: float) -> None:
+        self.batch, self.sequences, self.extra_s = batch, sequences, extra_s
+        # packed documents are attended to one by one, but lie in memory as one sequence
+        self.seq_length = batch.tokens // sequences
+        self.items = _items(batch, self.seq_length)
+        self.limits = _copy_limits(batch, host_bytes)
+        self.input_bytes = sum(item.bytes for item in self.items if item.name == "input")
+
+    def best(self, budget_bytes: int, *, is_any_enough: bool = False) -> StepPlan:
+        """The fastest plan found, or the first one.
+
+        Raises:
+            BudgetTooSmall: none fits.
+        """
+        low = self.beside(frozenset(CLASSES))
+        usual = self.beside(frozenset({"input"}))
+        # leaves room for nothing but the layers' inputs
+        high = max(usual, budget_bytes - self.input_bytes)
+        best: StepPlan | None = None
+        for step in range(_SEARCH_STEPS):
+            fixed = (usual, high)[step] if step < 2 else (low + high) // 2
+            if step == 1 and best is not None:
+                continue
+            try:
+                found = self.plan(budget_bytes, fixed)
+            except BudgetTooSmall:
+                if step != 1:
+                    high = fixed
+                continue
+            if found.peak.bytes > budget_bytes:
+                low = max(low, fixed) if step != 1 else low
+                continue
+            high = min(high, fixed)
+            if best is None or found.plan.seconds <= best.plan.seconds:
+                best = found
+            if is_any_enough:
+                break
+        if best is None:
+            raise self.too_small(budget_bytes)
+        return best
+
+    def plan(self, budget_bytes: int, fixed_bytes: int) -> StepPlan:
+        setting = Setting("step", fixed_bytes, self.extra_s)
+        plan = make_plan(self.items, [[setting]], budget_bytes, self.limits)
+        return StepPlan(self.batch, self.sequences, plan, self.moments(plan))
+
+    def moments(self, plan: Plan) -> dict[str, Moment]:
+        batch = self.batch
+        return step_moments(
+            batch.shape,
+            self.sequences,
+            self.seq_length,
+            batch.rank,
+            [names_of(classes) for classes in plan.keep],
+            batch.settings,
+            [names_of(classes) for classes in plan.offload],
+        )
+
+    def beside(self, kept: frozenset[str]) -> int:
+        """Bytes at the peak beside what layers store, if all of them keep these classes."""
+        stored = sum(item.bytes for item in self.items if item.name in kept)
+        return self.peak(kept, frozenset()).bytes - stored
+
+    def peak(self, kept: frozenset[str], offloaded: frozenset[str]) -> Moment:
+        layers, nothing = self.batch.shape.layers, frozenset[str]()
+        each = [(names,) * layers for names in (kept, offloaded, nothing)]
+        plan = Plan(each[0], each[1], each[2], (), 0.0, 0.0, 0.0, 0, 0)
+        return max(self.moments(plan).values(), key=lambda moment: moment.bytes)
+
+    def too_small(self, budget_bytes: int) -> BudgetTooSmall:
+        """The floor of these settings: what cannot be rebuilt is stored, and nothing else."""
+        root = frozenset({"input"})
+        kept = self.peak(root, frozenset())
+        inputs = self.input_bytes
+        floor, host_bytes = kept, None
+        moved = self.peak(frozenset(), root)
+        cap = self.limits.host_bytes_cap if self.limits else 0
+        if moved.bytes < kept.bytes:
+            if inputs <= cap:
+                floor = moved
+            elif moved.bytes <= budget_bytes:
+                host_bytes = inputs
+        parts = {name: size for name, size in floor.parts.items() if size}
+        growing = sum(parts.get(n, 0) for n in ("batch", "kept activations", "copies", "at work"))
+        lasting = floor.bytes - growing
+        share = (budget_bytes - lasting) / growing if budget_bytes > lasting else None
+        parts = dict(sorted(parts.items(), key=lambda part: -part[1]))
+        return BudgetTooSmall(floor.bytes, budget_bytes, parts, host_bytes, share)
+
+
+def _items(batch: Batch, seq_length: int) -> list[Item]:
+    sizes = class_bytes(batch.shape, batch.tokens, seq_length, batch.rank, batch.settings)
+    return [
+        Item(
+            layer,
+            name,
+            size,
+            batch.recompute_s.get(name, 0.0),
+            name in OFFLOADABLE,
+            name == "input",
+        )
+        for layer in range(batch.shape.layers)
+        for name, size in sizes.items()
+    ]
+
+
+def _copy_limits(batch: Batch, host_bytes: int) -> CopyLimits | None:
+    down, up = batch.profile.copy_down_bytes_per_s, batch.profile.copy_up_bytes_per_s
+    if host_bytes <= 0 or min(down, up) <= 0:
+        return None
+    return CopyLimits(down, up, batch.forward_s, batch.backward_s, host_bytes)
+
+
+def _settings(batch: Batch) -> Iterator[tuple[float, CostSettings]]:
+    """Every combination, with the seconds a step that it costs beyond the fastest.
+
+    All are explicit: what is left to the layers depends on what they keep, and so would the order
+    of sums, while plans with the same settings agree bit by bit.
+    """
+    given = batch.settings
+    chunks = [WHOLE, *(size for size in MLP_CHUNKS if size < batch.tokens)]
+    if given.mlp_tokens is not None or given.has_dropout:
+        chunks = [given.mlp_tokens or WHOLE]
+    largest = max(math.prod(batch.shape.linear(name)) for name in LINEARS) * given.itemsize
+    weights = [WHOLE, largest] if given.max_weight_bytes is None else [given.max_weight_bytes]
+    logits = [given.logits_budget_bytes]
+    if given.logits_budget_bytes is None:
+        logits.append(SMALL_LOGITS_BYTES)
+    for mlp_tokens, most_weight, logits_bytes, holds in itertools.product(
+        chunks, weights, logits, (False, True)
+    ):
+        settings = replace(
+            given,
+            mlp_tokens=mlp_tokens,
+            max_weight_bytes=most_weight,
+            logits_budget_bytes=logits_bytes,
+            holds_gate_up=holds,
+        )
+        extra_s = 0.0
+        if mlp_tokens < batch.tokens:
+            extra_s += _chunks_s(batch, mlp_tokens)
+        if most_weight < WHOLE:
+            extra_s += 4 * LAUNCH_S * batch.shape.layers
+        if logits_bytes is not None:
+            extra_s += SMALL_LOGITS_SHARE * batch.head_s
+        yield extra_s, settings
+
+
+def _chunks_s(batch: Batch, mlp_tokens: int) -> float:
+    """Seconds a step for decoding the MLP's weights once more for every further chunk."""
+    shape = batch.shape
+    numbers = 3 * shape.hidden * shape.intermediate
+    moved = (
+        nf4_bytes(numbers) if batch.settings.is_4bit else 0
+    ) + numbers * batch.settings.itemsize
+    further = -(-batch.tokens // mlp_tokens) - 1
+    return 2 * shape.layers * further * moved / batch.profile.decode_bytes_per_s

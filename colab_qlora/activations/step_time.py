@@ -1,0 +1,165 @@
+"""Seconds of a training step and of each of its parts, from costs and the rates of a GPU.
+
+    a layer forward   = GEMMs / rate + attention / rate + (decoded + element-wise bytes) / rates
+    a layer backward  = the same with 2.5 times the attention, and what the plan recomputes
+    the step          = the larger of that on the GPU and what the host needs to start it all
+
+GEMMs of few tokens are bound by reading their weights, which counts as element-wise bytes. The
+head meets labelled rows only, forward and backward together. The optimiser reads and writes its
+states, adapters and gradients once.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+from colab_qlora.activations.cost_settings import DEFAULT, CostSettings
+from colab_qlora.activations.costs import attention_flops
+from colab_qlora.activations.gpu_profile import GpuProfile
+from colab_qlora.activations.model_shape import GROUPS, LINEARS, ModelShape, Rank
+from colab_qlora.activations.static_costs import nf4_bytes, static_bytes
+
+# a layer's launches when everything is recomputed, against none of it: at Llama-3.2-1B's shapes and
+# 2 x 512 tokens, where an H100 waits for its host, a step took 72 ms against 53
+RECOMPUTE_LAUNCHES = 0.35
+# backward of attention: five products of the forward's size in place of two
+ATTENTION_BACKWARD = 2.5
+
+
+@dataclass(frozen=True)
+class Batch:
+    """What a micro-batch costs with a model on a GPU.
+
+    Attributes:
+        shape, rank: the model and its adapters.
+        tokens: of all sequences together.
+        seq_length: tokens in a sequence.
+        profile: rates of the GPU.
+        settings: how the step runs.
+        labelled: rows that meet the head; None: all.
+    """
+
+    shape: ModelShape
+    rank: Rank
+    tokens: int
+    seq_length: int
+    profile: GpuProfile
+    settings: CostSettings = DEFAULT
+    labelled: int | None = None
+
+    def __hash__(self) -> int:
+        return id(self)
+
+    @functools.cached_property
+    def group_s(self) -> dict[str, float]:
+        """Seconds of each group's wide GEMM, in either direction, with its decoding."""
+        return {group: self._linears_s(names, group) for group, names in GROUPS.items()}
+
+    @functools.cached_property
+    def attention_s(self) -> float:
+        flops = attention_flops(self.shape, self.tokens, self.seq_length)
+        return flops / self.profile.attention_flops_per_s
+
+    @functools.cached_property
+    def forward_s(self) -> float:
+        """One layer forward."""
+        shape, row = self.shape, self._row
+        # two norms, the rotation, the gated unit, two residuals
+        moved = row * (6 * shape.hidden + 2 * (shape.query + shape.key_value))
+        moved += row * 3 * shape.intermediate
+        return sum(self.group_s.values()) + self.attention_s + self._move_s(moved)
+
+    @functools.cached_property
+    def backward_s(self) -> float:
+        """One layer backward, with everything kept."""
+        shape, row = self.shape, self._row
+        flops = attention_flops(shape, self.tokens, self.seq_length)
+        attention_s = ATTENTION_BACKWARD * flops / self.profile.attention_backward_flops_per_s
+        # norms once more and backward, the gated unit's gradient, q, k and v's
+        moved = row * (12 * shape.hidden + 5 * shape.intermediate + 4 * shape.qkv)
+        return sum(self.group_s.values()) + self._factors_s() + attention_s + self._move_s(moved)
+
+    @functools.cached_property
+    def recompute_s(self) -> dict[str, float]:
+        """Seconds to compute each class of a layer's tensors again, on its way back."""
+        shape, row = self.shape, self._row
+        turned = 2 * row * (shape.query + shape.key_value)
+        # the norms are computed again in any case, and the products ride in the GEMMs
+        return {
+            "qkv": self.group_s["qkv"] + self._move_s(turned),
+            "attention": self.attention_s,
+            "h1": self.group_s["o"] + self._move_s(row * (2 * shape.query + shape.hidden)),
+            "gate_up": self._gate_up_again_s(),
+            "small": self._move_s(row * (3 * shape.hidden + shape.query + 5 * shape.intermediate)),
+        }
+
+    @functools.cached_property
+    def head_s(self) -> float:
+        """Last norm, head and loss, forward and backward."""
+        rows = self.tokens if self.labelled is None else self.labelled
+        flops = 4 * rows * self.shape.hidden * self.shape.vocab
+        moved = 5 * rows * self.shape.vocab * self.settings.itemsize
+        moved += 8 * self._row * self.shape.hidden
+        return flops / self.profile.gemm_flops_per_s + self._move_s(moved)
+
+    @functools.cached_property
+    def optimizer_s(self) -> float:
+        """One optimiser step; of several micro-batches only the last one has it."""
+        sizes = static_bytes(self.shape, self.rank, self.settings)
+        return self._move_s(
+            2 * sum(sizes[n] for n in ("adapters", "gradients", "optimizer states"))
+        )
+
+    def step_s(self, recomputed: Sequence[Mapping[str, int] | frozenset[str]]) -> float:
+        """Seconds of a step whose layers recompute these classes, without exposed copies."""
+        gpu_s = self.shape.layers * (self.forward_s + self.backward_s)
+        gpu_s += sum(self.recompute_s[name] for names in recomputed for name in names)
+        gpu_s += self.head_s + self.optimizer_s
+        host_s = self.profile.step_launch_s
+        for names in recomputed:
+            share = len(names) / len(self.recompute_s)
+            host_s += self.profile.layer_launch_s * (1 + RECOMPUTE_LAUNCHES * share)
+        return max(gpu_s, host_s)
+
+    @property
+    def _row(self) -> int:
+        return self.tokens * self.settings.itemsize
+
+    def _move_s(self, moved_bytes: float) -> float:
+        return moved_bytes / self.profile.move_bytes_per_s
+
+    def _linears_s(self, names: Sequence[str], group: str) -> float:
+        """A wide GEMM over a group, its adapters' product and the weight's decoding."""
+        spare = self.settings.spare(self.rank, group)
+        inner = self.shape.linear(names[0])[0]
+        outer = sum(self.shape.linear(name)[1] for name in names)
+        numbers = outer * (inner + spare)
+        flops = 2 * self.tokens * (numbers + inner * spare)
+        gemm_s = max(
+            flops / self.profile.gemm_flops_per_s, self._move_s(numbers * self.settings.itemsize)
+        )
+        return gemm_s + self._decode_s(inner * outer)
+
+    def _decode_s(self, numbers: int) -> float:
+        if not self.settings.is_4bit:
+            return 0.0
+        moved = nf4_bytes(numbers) + numbers * self.settings.itemsize
+        return moved / self.profile.decode_bytes_per_s
+
+    def _factors_s(self) -> float:
+        """Gradients of all adapters: two products for each, of the width of input or output."""
+        widths = 0
+        for group, names in GROUPS.items():
+            spare = self.settings.spare(self.rank, group)
+            outer = sum(self.shape.linear(name)[1] for name in names)
+            widths += spare * (self.shape.linear(names[0])[0] + outer)
+        flops_s = 4 * self.tokens * widths / self.profile.gemm_flops_per_s
+        columns = sum(sum(self.shape.linear(name)) for name in LINEARS)
+        return max(flops_s, self._move_s(self._row * columns / 4))
+
+    def _gate_up_again_s(self) -> float:
+        """Gate and up once more: decoded for that alone, or together with their gradient."""
+        decode_s = self._decode_s(2 * self.shape.hidden * self.shape.intermediate)
+        return self.group_s["gate_up"] - (decode_s if self.settings.holds_gate_up else 0.0)

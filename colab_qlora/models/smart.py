@@ -1,0 +1,170 @@
+"""Smart activation checkpointing on a model: reads what the planner has to know, and wires it in.
+
+Fused layers are planned tensor by tensor (`activations/runtime.py`), layers that run their own code
+as wholes (`stock_checkpointing.py`).
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from colab_qlora.activations.cost_settings import CostSettings
+from colab_qlora.activations.gpu_profile import GpuProfile, profile_of_this_machine
+from colab_qlora.activations.memory_plan import Machine, Workload
+from colab_qlora.activations.model_shape import LINEARS, Rank, shape_of
+from colab_qlora.activations.runtime import ActivationRuntime
+from colab_qlora.activations.static_costs import static_bytes
+from colab_qlora.activations.this_machine import CPU_PROFILE, this_machine
+from colab_qlora.layers.linear_group import PADDING
+from colab_qlora.models.fuse import causal_model, fused_layers, state_of
+from colab_qlora.models.stock_checkpointing import (
+    StockPlanner,
+    attach_stock_planner,
+    detach_stock_planner,
+    stock_planner_of,
+)
+
+
+def workload_of(model: Any, batch_size: int = 1, seq_length: int = 1) -> Workload:
+    """What training this model means, read from its config, weights and adapters.
+
+    Raises:
+        UserError: an architecture whose costs are not known.
+    """
+    causal = causal_model(model)
+    shape = shape_of(causal.config)
+    device = model_device(model)
+    linears = _linears(causal)
+    ranks = {name: max((_rank(m) for m in linears.get(name, [])), default=0) for name in LINEARS}
+    every = [module for found in linears.values() for module in found]
+    is_4bit = any(getattr(_base(m).weight, "quant_state", None) is not None for m in every)
+    settings = CostSettings(
+        itemsize=_hidden_dtype(causal).itemsize,
+        has_dropout=any(_dropout(module) > 0 for module in every),
+        spare_multiple=PADDING.get(device.type, 1),
+        is_4bit=is_4bit,
+    )
+    rank: Rank = ranks
+    name = getattr(causal.config, "_name_or_path", "") or type(causal).__name__
+    return Workload(name, shape, rank, batch_size, seq_length, settings=settings)
+
+
+def plan_batches(
+    model: Any,
+    memory_budget_gib: float | None = None,
+    host_budget_gib: float | None = None,
+) -> ActivationRuntime | StockPlanner | None:
+    """Have a model planned from its next batch on.
+
+    Returns:
+        What plans it: a fused model's layers tensor by tensor, others' as wholes, and None where
+        not even that can be done.
+    """
+    stop_planning(model)
+    state = state_of(model)
+    if state is None or not fused_layers(model):
+        return attach_stock_planner(causal_model(model), memory_budget_gib, print_line)
+    device = model_device(model)
+    source = _MachineNow(device, memory_budget_gib, host_budget_gib)
+    state.runtime = ActivationRuntime(workload_of(model), source, print_line, device)
+    return state.runtime
+
+
+def stop_planning(model: Any) -> None:
+    """Have layers follow their gradient_checkpointing flag again."""
+    state = state_of(model)
+    if state is not None:
+        state.runtime = None
+    detach_stock_planner(causal_model(model))
+
+
+def planner_of(model: Any) -> ActivationRuntime | StockPlanner | None:
+    """What plans this model's batches, if anything does."""
+    return runtime_of(model) or stock_planner_of(causal_model(model))
+
+
+def runtime_of(model: Any) -> ActivationRuntime | None:
+    """What plans the batches of a model with fused layers, if anything does."""
+    state = state_of(model)
+    return state.runtime if state is not None else None
+
+
+def print_line(line: str) -> None:
+    print(f"colab_qlora: {line}", flush=True)
+
+
+def model_device(model: Any) -> torch.device:
+    """Where the layers are; the embedding may be elsewhere."""
+    linears = _linears(causal_model(model))
+    modules = next(iter(linears.values()), None)
+    found = _base(modules[0]).weight if modules else next(model.parameters())
+    device: torch.device = found.device
+    return device
+
+
+def profile_for(device: torch.device, workload: Workload) -> GpuProfile:
+    """Rates of the device at this workload's sizes; measured once on a GPU."""
+    if device.type != "cuda":
+        return CPU_PROFILE
+    return profile_of_this_machine(workload.shape, workload.tokens, workload.seq_length)
+
+
+def resident_bytes(workload: Workload) -> int:
+    """What the model and its adapters should have allocated before a step."""
+    sizes = static_bytes(workload.shape, workload.rank, workload.settings)
+    later = {"CUDA context", "GEMM workspace", "optimizer states"}
+    if not workload.settings.has_gradients:
+        later.add("gradients")
+    return sum(size for name, size in sizes.items() if name not in later)
+
+
+@dataclass(frozen=True)
+class _MachineNow:
+    """The machine at the moment it is called; a class of its own, so that a model can be copied."""
+
+    device: torch.device
+    memory_budget_gib: float | None
+    host_budget_gib: float | None
+
+    def __call__(self, workload: Workload) -> Machine:
+        return this_machine(
+            self.device,
+            profile_for(self.device, workload),
+            resident_bytes(workload),
+            self.memory_budget_gib,
+            self.host_budget_gib,
+        )
+
+
+def _linears(causal: Any) -> dict[str, list[Any]]:
+    """The modules behind each name of `LINEARS`, of all layers."""
+    found: dict[str, list[Any]] = {}
+    for layer in getattr(getattr(causal, "model", None), "layers", []):
+        for owner in (layer.self_attn, layer.mlp):
+            for name in LINEARS:
+                if (module := getattr(owner, name, None)) is not None:
+                    found.setdefault(name, []).append(module)
+    return found
+
+
+def _base(module: Any) -> Any:
+    return module.get_base_layer() if hasattr(module, "get_base_layer") else module
+
+
+def _rank(module: Any) -> int:
+    names = getattr(module, "active_adapters", [])
+    return sum(module.r[name] for name in names if name in getattr(module, "r", {}))
+
+
+def _dropout(module: Any) -> float:
+    found = getattr(module, "lora_dropout", None) or {}
+    return max((float(getattr(drop, "p", 0.0)) for drop in found.values()), default=0.0)
+
+
+def _hidden_dtype(causal: Any) -> torch.dtype:
+    """The residual stream's dtype: that of the embedding."""
+    dtype: torch.dtype = causal.get_input_embeddings().weight.dtype
+    return dtype
