@@ -8,33 +8,34 @@ from __future__ import annotations
 
 import base64
 import io
+import math
 import os
+from numbers import Integral, Real
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-import numpy as np
-
-from colab_qlora.curves.artists import (
-    DARK,
-    LIGHT,
-    MOST_RUNS,
-    Theme,
-    draw_base,
-    draw_best,
-    draw_eval,
-    draw_train,
-    mark_clipped,
+from colab_qlora.curves.logs.atomic import write_atomically
+from colab_qlora.curves.picture.artists import draw_base, draw_eval, draw_train
+from colab_qlora.curves.picture.axes import add_rate_panel, loss_range, set_up_axes
+from colab_qlora.curves.picture.curve import Curve, Runs, as_curves
+from colab_qlora.curves.picture.edge_marks import (
+    EVENT_PX,
+    mark_beyond,
     mark_non_finite,
+    note_events,
+    number_events,
 )
-from colab_qlora.curves.layout import DPI, TEXT_PT, EndLabel, lay_out
-from colab_qlora.curves.log import write_atomically
-from colab_qlora.curves.series import (
-    Array,
-    Curve,
-    Runs,
-    as_curves,
-    describe_curves,
+from colab_qlora.curves.picture.layout import DPI, EndLabel, lay_out
+from colab_qlora.curves.picture.mark_artists import (
+    draw_divergence,
+    draw_spikes,
+    draw_stop,
+    draw_turns,
 )
+from colab_qlora.curves.picture.marks import Diagnoses, as_marks
+from colab_qlora.curves.picture.series import HALF_LIFE
+from colab_qlora.curves.picture.theme import DARK, LIGHT, MOST_RUNS, Theme
+from colab_qlora.curves.words import describe_curves
 from colab_qlora.errors import UserError
 
 if TYPE_CHECKING:
@@ -43,17 +44,20 @@ if TYPE_CHECKING:
 
 __all__ = ["describe_curves", "draw_curves", "figure_bundle", "save_png"]
 
-
 _LEAST_PX = (480, 300)
-# a series of fewer points has no tail to speak of, so all of it is shown
-_CLIP_FROM_POINTS = 10
+# where notes and the axis need much of the height, the axes still have this share of it
+_PLOT_SHARE = 0.45
 
 
 def draw_curves(
     runs: Runs,
     *,
+    diagnosis: Diagnoses = None,
     title: str | None = None,
-    smooth: bool = True,
+    smooth: bool | float = True,
+    learning_rate: bool = False,
+    y_range: tuple[float, float] | None = None,
+    stop_at: int | None = None,
     dark: bool = False,
     width_px: int = 800,
     height_px: int = 450,
@@ -62,9 +66,14 @@ def draw_curves(
 
     Args:
         runs: a LossLog, a list of records, or a dict of 1 to 6 run names to either.
+        diagnosis: what `diagnose` says of the run, or a dict from run name to that. It marks the
+            divergence point, the zone behind it, spikes, and the places of other verdicts.
         title: a title above the picture.
         smooth: whether to draw a smoothed train loss in front of the logged one. It is for the eye;
-            its half-life is a twentieth of the points.
+            its half-life is a twentieth of the points, or the share of them given here, 0 to 1.
+        learning_rate: whether to draw the learning rate in a panel below.
+        y_range: the lowest and the highest loss shown; None chooses them, and cuts spikes.
+        stop_at: a step at which one might have stopped: what lies behind it is drawn faint.
         dark: light lines on dark paper.
         width_px: width in pixels at 100 dpi, 480 or more.
         height_px: height in pixels at 100 dpi, 300 or more.
@@ -72,44 +81,52 @@ def draw_curves(
     Returns:
         The figure. The lowest eval loss has a ring and, for the best run, a vertical line; a dashed
         line is the eval loss before training; values that are nan or inf, and values too high to
-        show, are marked on the top edge. With more lines than room, the lines before training lose
-        their labels first, then the eval lines.
+        show, are marked on the edge; records with an "event" are numbered ticks at the bottom.
+        With more lines than room, the lines before training lose their labels first, then the eval
+        lines; with less height than the notes need, the last notes go.
 
     Raises:
-        UserError: a run has no loss, there are more than 6 runs, or the picture is too small.
+        UserError: a run has no loss, there are more than 6 runs, the picture is too small, or a
+            value is not allowed.
 
     Example:
-        >>> fig = draw_curves(read_log("work/loss.jsonl"))
+        >>> log = read_log("work/loss.jsonl")
+        >>> fig = draw_curves(log, diagnosis=diagnose(log))
         >>> save_png(fig, "work/loss.png")
     """
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
-    curves = as_curves(runs)
+    curves = as_curves(runs, with_rates=learning_rate)
+    marks = as_marks(diagnosis, curves)
     _check_size(len(curves), width_px, height_px)
+    half_life, stop_at = _half_life(smooth), _step(stop_at)
     theme = DARK if dark else LIGHT
     fig = Figure((width_px / DPI, height_px / DPI), dpi=DPI, facecolor=theme.paper)
     FigureCanvasAgg(fig)  # measures text; it attaches to this figure alone
     ax = fig.add_axes((0.1, 0.15, 0.6, 0.7))
-    low, high, is_clipped = _loss_range(curves)
-    _set_up_axes(ax, curves, (low, high), theme, width_px)
+    limits = loss_range(curves) if y_range is None else _checked_range(y_range)
+    # numbered ticks get room of their own, unless the range was asked for
+    has_events = y_range is None and any(curve.events for curve in curves)
+    room = EVENT_PX / (_PLOT_SHARE * height_px) if has_events else 0
+    set_up_axes(ax, curves, limits, theme, width_px, room_below=room)
 
-    ends: list[EndLabel] = []
-    several = len(curves) > 1
-    for index, curve in enumerate(curves):
-        ends += draw_train(
-            ax, curve, index, theme, is_compared=several, smooth=smooth, columns=width_px
-        )
-        ends += draw_eval(ax, curve, index, theme, is_compared=several)
-    ends += draw_base(ax, curves, theme)
-    # a line that leaves the picture is labelled where it leaves
-    ends = [
-        EndLabel(end.text, end.x, min(max(end.y, low), high), end.style, end.rank) for end in ends
-    ]
-    notes = [*draw_best(ax, curves, theme), *mark_non_finite(ax, curves, theme)]
-    if is_clipped:
-        notes += mark_clipped(ax, curves, high, theme)
-    lay_out(fig, ax, ends, notes, title=title, ink=theme.ink)
+    ends = _draw_lines(ax, curves, theme, half_life, width_px)
+    notes = draw_divergence(ax, curves, marks, theme)
+    notes += mark_non_finite(ax, curves, theme)
+    notes += draw_turns(ax, curves, marks, theme)
+    notes += draw_spikes(ax, curves, marks, theme)
+    notes += mark_beyond(ax, curves, marks, theme)
+    notes += note_events(curves)
+    panel = None
+    if learning_rate:
+        panel, missing = add_rate_panel(fig, ax, curves, theme, width_px)
+        notes += missing
+    if stop_at is not None:
+        axes = [ax, panel.ax] if panel else [ax]
+        notes = draw_stop(axes, curves, stop_at, theme) + notes
+    lay_out(fig, ax, ends, notes, title=title, ink=theme.ink, panel=panel)
+    number_events(ax, curves, theme)
     return fig
 
 
@@ -155,6 +172,77 @@ def _png(fig: Figure, dpi: float | None) -> bytes:
     return buffer.getvalue()
 
 
+def _draw_lines(
+    ax: Axes, curves: list[Curve], theme: Theme, half_life: float | None, columns: int
+) -> list[EndLabel]:
+    several = len(curves) > 1
+    ends: list[EndLabel] = []
+    longest = max(_span(curve) for curve in curves)
+    for index, curve in enumerate(curves):
+        # one half-life in steps for all, or equal losses of two runs would be two lines
+        share = half_life and half_life * longest / _span(curve)
+        ends += draw_train(
+            ax, curve, index, theme, is_compared=several, half_life=share, columns=columns
+        )
+        ends += draw_eval(ax, curve, index, theme, is_compared=several, columns=columns)
+    ends += draw_base(ax, curves, theme)
+    low, high = ax.get_ylim()
+    # a line that leaves the picture is labelled where it leaves
+    return [
+        EndLabel(end.text, end.x, min(max(end.y, low), high), end.style, end.rank) for end in ends
+    ]
+
+
+def _span(curve: Curve) -> float:
+    """Steps that the train points stand for, each for as many as lie between two; 1 at least."""
+    points = curve.steps.size
+    if points < 2:
+        return 1.0
+    return float(curve.steps[-1] - curve.steps[0]) * points / (points - 1)
+
+
+def _half_life(smooth: bool | float) -> float | None:
+    """The half-life as a share of the points, or None for no smoothing."""
+    if isinstance(smooth, bool):
+        return HALF_LIFE if smooth else None
+    if not isinstance(smooth, Real) or not 0 <= smooth <= 1:
+        raise UserError(
+            "smooth is no share of the points",
+            got=repr(smooth),
+            allowed="True, False, or 0 to 1",
+            do=f"Leave it out for the usual {HALF_LIFE:g}",
+        )
+    return float(smooth) or None
+
+
+def _step(stop_at: int | None) -> int | None:
+    if stop_at is None:
+        return None
+    if isinstance(stop_at, bool) or not isinstance(stop_at, Integral) or stop_at < 0:
+        raise UserError(
+            "stop_at is no step",
+            got=repr(stop_at),
+            allowed="an integer from 0 up, or None",
+            do="Pass the step after which the run would have ended",
+        )
+    return int(stop_at)
+
+
+def _checked_range(y_range: tuple[float, float]) -> tuple[float, float]:
+    try:
+        low, high = (float(edge) for edge in y_range)
+    except (TypeError, ValueError):
+        low = high = math.nan
+    if not (math.isfinite(low) and math.isfinite(high) and low < high):
+        raise UserError(
+            "y_range is no range of losses",
+            got=repr(y_range),
+            allowed="(lowest, highest), finite, or None",
+            do="Pass for instance (0, 3)",
+        )
+    return low, high
+
+
 def _check_size(run_count: int, width_px: int, height_px: int) -> None:
     if run_count > MOST_RUNS:
         raise UserError(
@@ -170,58 +258,3 @@ def _check_size(run_count: int, width_px: int, height_px: int) -> None:
             allowed=f"{_LEAST_PX[0]} x {_LEAST_PX[1]} px or more",
             do="Pass a larger width_px or height_px",
         )
-
-
-def _loss_range(curves: list[Curve]) -> tuple[float, float, bool]:
-    """Gives the lowest and highest loss to show, and whether some values lie above."""
-    series = [s for c in curves for s in (c.losses, c.eval_losses)]
-    series = [finite for s in series if (finite := s[np.isfinite(s)]).size]
-    if not series:
-        return 0.0, 1.0, False
-    low, true_high = min(s.min() for s in series), max(s.max() for s in series)
-    # the loss before training is a line with a label, so it is always inside
-    high = max([_visible_high(s) for s in series] + [c.base for c in curves if c.base is not None])
-    margin = 0.05 * (high - low) or max(0.05 * abs(high), 0.05)
-    return float(low - margin), float(high + margin), bool(true_high > high + margin)
-
-
-def _visible_high(losses: Array) -> float:
-    """Gives the highest finite loss of a series to show: all of it, or all but its spikes."""
-    highest = float(losses.max())
-    if losses.size < _CLIP_FROM_POINTS:
-        return highest
-    usual = float(np.quantile(losses, 0.98, method="lower"))
-    span = usual - float(losses.min())
-    # a spike may double the height of the picture, and no more
-    if highest <= usual + span:
-        return highest
-    # a run starts high and falls fast, so its first value is shown while a tenth of the height is
-    # left for the rest
-    start = float(losses[0])
-    return max(usual + 0.25 * span, start if start <= usual + 9 * span else usual)
-
-
-def _set_up_axes(
-    ax: Axes, curves: list[Curve], limits: tuple[float, float], theme: Theme, width_px: int
-) -> None:
-    from matplotlib.ticker import MaxNLocator, StrMethodFormatter
-
-    steps = np.concatenate([s for c in curves for s in (c.steps, c.eval_steps)])
-    margin = 0.02 * float(steps.max() - steps.min()) or 1.0
-    ax.set(xlim=(steps.min() - margin, steps.max() + margin), ylim=limits, facecolor=theme.paper)
-    ax.set_xlabel("step", fontsize=TEXT_PT, color=theme.ink)
-    ax.set_ylabel("loss", fontsize=TEXT_PT, color=theme.ink)
-    # digits are 9 px wide at most, and the axes have at least 35 % of the width
-    step_px = 9 * len(f"{steps.max():,}") + 16
-    step_ticks = min(5, max(2, int(0.35 * width_px / step_px)))
-    ax.xaxis.set_major_locator(MaxNLocator(step_ticks, integer=True, steps=[1, 2, 5, 10]))
-    ax.yaxis.set_major_locator(MaxNLocator(6, steps=[1, 2, 2.5, 5, 10]))
-    ax.xaxis.set_major_formatter(StrMethodFormatter("{x:,.0f}"))
-    ax.yaxis.set_major_formatter(StrMethodFormatter("{x:.6g}"))
-    ax.tick_params(labelsize=TEXT_PT, labelcolor=theme.ink, color=theme.muted)
-    if not any(np.isfinite(s).any() for c in curves for s in (c.losses, c.eval_losses)):
-        ax.set_yticks([])  # the range is made up
-    ax.grid(True, axis="y", color=theme.grid, linewidth=0.8)
-    ax.set_axisbelow(True)
-    for side, spine in ax.spines.items():
-        spine.set(visible=side in ("left", "bottom"), color=theme.muted)

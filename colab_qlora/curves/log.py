@@ -4,10 +4,8 @@
     {"step": 0, "eval_loss": 2.31}
     {"step": 1, "loss": 2.41, "learning_rate": 4e-05, "grad_norm": 1.3}
 
-The header line is optional. Only `step` is required in a record; the other keys that this package
-knows are epoch, loss, eval_loss, learning_rate, grad_norm, tokens, seconds and peak_memory_gib, and
-unknown keys are kept. JSON has no nan, so nan and inf are written as the strings "nan", "inf" and
-"-inf" and come back as floats.
+The header line is optional. JSON has no nan, so nan and inf are written as the strings "nan", "inf"
+and "-inf" and come back as floats.
 
 Every line reaches the operating system before `append` returns, so a killed process loses at most
 the line that it was writing. Whatever changes earlier lines writes a new file and renames it.
@@ -15,29 +13,27 @@ the line that it was writing. Whatever changes earlier lines writes a new file a
 
 from __future__ import annotations
 
-import contextlib
 import os
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, BinaryIO
 
-import numpy as np
-from numpy.typing import NDArray
-
-from colab_qlora.curves.records import (
+from colab_qlora.curves.logs.atomic import write_atomically
+from colab_qlora.curves.logs.points import eval_points, train_points
+from colab_qlora.curves.logs.records import (
     FORMAT,
     Record,
     as_stored,
     json_line,
     number_or_none,
     parse_lines,
-    parse_trainer_state,
     step_of,
-    trainer_state,
 )
+from colab_qlora.curves.logs.runs import run_starts
+from colab_qlora.curves.logs.sources import cannot_open, find_source, read_sections
 from colab_qlora.errors import UserError
 
-__all__ = ["LossLog", "eval_points", "read_log", "train_points", "write_atomically"]
+__all__ = ["LossLog", "eval_points", "read_log", "read_runs", "train_points", "write_atomically"]
 
 _LOSS_KEYS = ("loss", "eval_loss")
 
@@ -47,10 +43,25 @@ class LossLog:
 
     `LossLog.open` gives a log that can be appended to; `read_log` gives one that can only be read.
 
+    The keys of a record; only `step` is required, and unknown keys are kept:
+
+        step: optimiser steps so far, an integer from 0 up; 0 is before training.
+        epoch: passes over the training rows so far, a fraction.
+        loss: train loss in nat, the mean since the last record that has one.
+        eval_loss: loss on the eval rows in nat.
+        learning_rate: that of this step.
+        grad_norm: norm of the gradient before clipping.
+        tokens: tokens trained on so far.
+        seconds: time in training so far, in s.
+        peak_memory_gib: highest memory in use so far, in GiB.
+        event: a text that the plot marks at this step, for instance "resumed".
+
     Attributes:
         records: one dict a line, oldest first; append through `append`, not here.
         run: the hyperparameters in the header line; empty without a header.
-        path: the file, or None.
+        path: the file, or the folder of event files, or None.
+        name: the run's name where the file has one, else "".
+        notes: what a reader should know about how the log was read, as sentences.
 
     Example:
         >>> with LossLog.open("work/loss.jsonl", run={"learning_rate": 2e-4}) as log:
@@ -62,10 +73,15 @@ class LossLog:
         records: Iterable[Record] = (),
         run: Mapping[str, Any] | None = None,
         path: Path | None = None,
+        *,
+        name: str = "",
+        notes: Iterable[str] = (),
     ) -> None:
         self.records: list[Record] = list(records)
         self.run: Record = dict(run or {})
         self.path = path
+        self.name = name
+        self.notes = tuple(notes)
         self._file: BinaryIO | None = None
 
     @classmethod
@@ -90,8 +106,15 @@ class LossLog:
             path.parent.mkdir(parents=True, exist_ok=True)
             data = path.read_bytes() if path.exists() else b""
         except OSError as error:
-            raise _cannot_open(path, error) from error
-        old_run, records, is_whole = parse_lines(data, path)
+            raise cannot_open(path, error) from error
+        sections, is_whole = parse_lines(data, path)
+        if len(sections) > 1:
+            raise UserError(
+                f"the loss log holds {len(sections)} runs, so none can go on in it",
+                got=f"{path}, in which run 2 begins at {sections[1].place(0)}",
+                do="Choose another file",
+            )
+        old_run, records = sections[0].run, sections[0].records
         new_run = old_run if run is None else as_stored(run)
         log = cls(records, new_run, path)
         try:
@@ -100,7 +123,7 @@ class LossLog:
             else:
                 log._rewrite()
         except OSError as error:
-            raise _cannot_open(path, error) from error
+            raise cannot_open(path, error) from error
         return log
 
     def append(self, record: Mapping[str, Any]) -> None:
@@ -175,36 +198,87 @@ class LossLog:
         self._file = self.path.open("ab")
 
 
-def read_log(path: str | os.PathLike[str]) -> LossLog:
-    """Reads a loss log, or the `trainer_state.json` of a transformers checkpoint, and closes it.
+def read_log(path: str | os.PathLike[str], *, which_run: int | None = None) -> LossLog:
+    """Reads the loss log of one run, and closes the file.
 
     Args:
-        path: the JSON lines file, or trainer_state.json. A cut-off last line is left out.
+        path: JSON lines, trainer_state.json of transformers, a CSV (of a spreadsheet, pandas, a
+            notebook's table, wandb or TensorBoard), an event file of TensorBoard, or a folder that
+            holds one of them: in order of preference loss_log.jsonl, trainer_state.json, event
+            files, those of the newest checkpoint, those in runs/. `path` and `notes` of the log say
+            which was read. A last line that a kill cut off is left out.
+        which_run: which run of a file that holds several: 0 is the first, -1 the last. What
+            separates runs from one that was resumed is written in runs.py.
 
     Returns:
         The log, read-only. For trainer_state.json `run` holds the few settings that it records.
 
     Raises:
-        UserError: the file is missing or empty, a line is broken or has no step, or no record has
-            a loss.
+        UserError: the file is missing, empty or of another kind, a line is broken or has no step,
+            no record has a loss, the file holds several runs and `which_run` is not given, or
+            TensorBoard's package is missing.
     """
-    path = Path(path).expanduser()
-    if path.is_dir():
-        raise UserError("that is a folder", got=path, allowed="a loss log or trainer_state.json")
-    if not path.exists():
-        raise UserError("there is no such loss log", got=path, do="Check the path, or train first")
-    try:
-        data = path.read_bytes()
-    except OSError as error:
-        raise _cannot_open(path, error) from error
-    if not data.strip():
-        raise UserError("the loss log is empty", got=path, do="Wait for the first logged step")
-    run: Record | None
-    state = trainer_state(data)
-    if state is not None:
-        run, records = parse_trainer_state(state, path)
-    else:
-        run, records, _ = parse_lines(data, path)
+    logs, places = _logs_and_places(path)
+    if which_run is None and len(logs) > 1:
+        raise UserError(
+            f"{logs[0].path} holds {len(logs)} runs",
+            got=f"run 2, which begins at {places[1]}",
+            allowed=f"which_run=0 to {len(logs) - 1}, or -1 for the last",
+            do="Pass read_log(path, which_run=-1), or read_runs(path) for all of them",
+        )
+    index = 0 if which_run is None else which_run
+    if isinstance(index, bool) or not isinstance(index, int) or not -len(logs) <= index < len(logs):
+        raise UserError(
+            f"there is no such run in {logs[0].path}",
+            got=f"which_run={which_run!r}",
+            allowed=f"0 to {len(logs) - 1}, or -1 for the last",
+        )
+    _check_losses(logs[index].records, logs[index].path)
+    return logs[index]
+
+
+def read_runs(path: str | os.PathLike[str]) -> list[LossLog]:
+    """Reads every run of a file, for instance to compare them.
+
+    Args:
+        path: as for `read_log`.
+
+    Returns:
+        One log a run, in the order of the file; most files hold one.
+
+    Raises:
+        UserError: as for `read_log`, apart from `which_run`.
+    """
+    logs, _ = _logs_and_places(path)
+    _check_losses([record for log in logs for record in log.records], logs[0].path)
+    return logs
+
+
+def _logs_and_places(path: str | os.PathLike[str]) -> tuple[list[LossLog], list[str]]:
+    """Gives the runs in a file, and where each begins."""
+    source = Path(path).expanduser()
+    if not source.exists():
+        raise UserError(
+            "there is no such loss log", got=source, do="Check the path, or train first"
+        )
+    note = None
+    if source.is_dir():
+        source, note = find_source(source)
+    logs, places = [], []
+    for section in read_sections(source):
+        starts = run_starts(section.records)
+        notes = [note] if note else []
+        notes += section.notes
+        if len(starts) > 1 and section.run:
+            notes.append("The file has one header for several runs: it may be that of another.")
+        for start, end in zip(starts, [*starts[1:], None], strict=True):
+            records = section.records[start:end]
+            logs.append(LossLog(records, section.run, source, name=section.name, notes=notes))
+            places.append(section.place(start) if records else "")
+    return logs, places
+
+
+def _check_losses(records: list[Record], path: Path | None) -> None:
     values = (number_or_none(record.get(key)) for record in records for key in _LOSS_KEYS)
     if all(value is None for value in values):
         raise UserError(
@@ -213,62 +287,3 @@ def read_log(path: str | os.PathLike[str]) -> LossLog:
             allowed="records with loss or eval_loss",
             do="Wait for the first logged step, or set logging_steps=1",
         )
-    return LossLog(records, run, path)
-
-
-def train_points(records: Iterable[Mapping[str, Any]]) -> tuple[NDArray[Any], NDArray[Any]]:
-    """The train loss against the step.
-
-    Args:
-        records: a LossLog or its records.
-
-    Returns:
-        steps, int64 `(points,)`, rising, and losses, float64 `(points,)`, in which nan and inf
-        stay. Where a resumed run repeated a step the last record counts.
-    """
-    return _points(records, "loss")
-
-
-def eval_points(records: Iterable[Mapping[str, Any]]) -> tuple[NDArray[Any], NDArray[Any]]:
-    """The eval loss against the step; otherwise as `train_points`."""
-    return _points(records, "eval_loss")
-
-
-def write_atomically(path: Path, data: bytes) -> None:
-    """Writes a file so that a reader, or a kill, sees the old content or the new, never a part.
-
-    Args:
-        path: the file to create or replace; a link is followed.
-        data: the whole content.
-    """
-    target = Path(os.path.realpath(path))
-    # beside the target, because a rename is atomic only inside one file system
-    temporary = target.with_name(f".{target.name}.{os.getpid()}.tmp")
-    try:
-        with temporary.open("wb") as file:
-            file.write(data)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, target)
-    except BaseException:
-        with contextlib.suppress(OSError):
-            temporary.unlink()
-        raise
-
-
-def _points(records: Iterable[Mapping[str, Any]], key: str) -> tuple[NDArray[Any], NDArray[Any]]:
-    by_step: dict[int, float] = {}
-    for record in records:
-        value = number_or_none(record.get(key))
-        if value is not None:
-            by_step[step_of(record, "the record")] = value
-    steps = sorted(by_step)
-    return np.array(steps, np.int64), np.array([by_step[step] for step in steps], np.float64)
-
-
-def _cannot_open(path: Path, error: OSError) -> UserError:
-    return UserError(
-        "the loss log cannot be opened",
-        got=f"{path} ({error.strerror or error})",
-        do="Choose a file in a folder that you can write to",
-    )

@@ -29,7 +29,7 @@ def is_out_of_memory(error: BaseException) -> bool:
 def is_disk_full(error: BaseException) -> bool:
     """Whether a write failed for want of space."""
     return any(
-        getattr(seen, "errno", None) == errno.ENOSPC
+        getattr(seen, "errno", None) in (errno.ENOSPC, errno.EDQUOT)
         # safetensors and torch's archive writer report a failed write in words of their own
         or "No space left on device" in str(seen)
         or "os error 28" in str(seen)

@@ -15,6 +15,7 @@ import trl
 
 from colab_qlora.models.fuse import causal_model, state_of
 from colab_qlora.models.fused_head import is_fused_head
+from colab_qlora.training.micro_batch import with_less_memory
 from colab_qlora.training.optimizer import FlatAdamW
 from colab_qlora.training.optimizer_choice import flat_adamw_for
 
@@ -54,6 +55,16 @@ class FusedTrainer(trl.SFTTrainer):
             self._total_train_tokens += _tokens(inputs)
         self._metrics["train" if training else "eval"]["num_tokens"] = [self._total_train_tokens]
         return found
+
+    def training_step(self, model: Any, inputs: dict[str, Any], *args: Any, **kwargs: Any) -> Any:
+        """As transformers; out of memory, the micro-batch is planned for less and repeated."""
+        tokens = self._total_train_tokens
+
+        def step() -> Any:
+            self._total_train_tokens = tokens
+            return super(FusedTrainer, self).training_step(model, dict(inputs), *args, **kwargs)
+
+        return with_less_memory(self.model, step, self._say)
 
     @staticmethod
     def get_optimizer_cls_and_kwargs(args: Any, model: Any = None) -> tuple[Any, Any]:

@@ -21,6 +21,8 @@ _ARGUMENTS = (
     "max_grad_norm",
     "packing",
     "seed",
+    "fp16",
+    "bf16",
 )
 _LORA_SETTINGS = ("r", "lora_alpha", "lora_dropout", "use_rslora", "bias")
 

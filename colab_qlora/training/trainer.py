@@ -20,12 +20,18 @@ from transformers.utils.notebook import NotebookProgressCallback
 
 from colab_qlora.errors import UserError
 from colab_qlora.models.fuse import state_of
+from colab_qlora.models.smart import runtime_of
 from colab_qlora.training.adapter_dtype import adapters_kept, adapters_to_float32
+from colab_qlora.training.adapter_state import adapter_name, adapter_tensors, is_finite
 from colab_qlora.training.arguments import TRAINER_ARGUMENTS, fit_arguments
-from colab_qlora.training.callbacks import LossLogCallback, ProgressLines
+from colab_qlora.training.best_adapter import move_aside
+from colab_qlora.training.callbacks import LossLogCallback
 from colab_qlora.training.dataset_checks import as_dataset, check_dataset
+from colab_qlora.training.early_stopping import EarlyStopping
 from colab_qlora.training.failures import is_disk_full, is_out_of_memory
 from colab_qlora.training.fused_trainer import FusedTrainer
+from colab_qlora.training.live_callbacks import LossPlot, readers_for
+from colab_qlora.training.log_reader import LogReader
 from colab_qlora.training.resume import (
     check_checkpoint,
     last_complete_checkpoint,
@@ -53,6 +59,11 @@ class SFTTrainer(FusedTrainer):
         tokenizer: older name of `processing_class`.
         dataset_text_field, max_seq_length, packing, dataset_num_proc: older places for the fields
             of `SFTConfig` (`max_seq_length` is `max_length` there).
+        live_plot: True: the loss curves and their reading, redrawn in place; False: lines of
+            progress; None: the curves in a notebook's kernel, lines elsewhere; or a `LossPlot`.
+        early_stopping: True, or an `EarlyStopping`: stop when the eval loss has turned, and keep
+            the best adapter. Needs an eval_dataset and an eval_strategy.
+        stop_on_non_finite: stop when the loss is nan or inf, and give the last good adapter back.
 
     Raises:
         UserError: no rows, no labels left after truncation, an output folder that cannot be
@@ -69,6 +80,9 @@ class SFTTrainer(FusedTrainer):
         processing_class: Any = None,
         *,
         tokenizer: Any = None,
+        live_plot: bool | LossPlot | None = None,
+        early_stopping: bool | EarlyStopping = False,
+        stop_on_non_finite: bool = True,
         **kwargs: Any,
     ) -> None:
         self.notes = []
@@ -80,6 +94,12 @@ class SFTTrainer(FusedTrainer):
             overrides=_older_arguments(kwargs),
             say=self._say,
         )
+        if early_stopping and isinstance(eval_dataset, dict):
+            raise UserError(
+                "early stopping follows one eval loss",
+                got=f"{len(eval_dataset)} eval sets ({', '.join(map(str, eval_dataset))})",
+                do="Pass the one that counts as eval_dataset",
+            )
         check_writable(args.output_dir)
         train_dataset = as_dataset(train_dataset, "train_dataset")
         eval_dataset = None if eval_dataset is None else as_dataset(eval_dataset, "eval_dataset")
@@ -99,6 +119,9 @@ class SFTTrainer(FusedTrainer):
         if self.args.fp16 and self.accelerator.scaler is not None:
             self.accelerator.scaler = torch.amp.GradScaler("cuda", init_scale=INITIAL_LOSS_SCALE)
         self._report_in_one_way()
+        given = self.callback_handler.callbacks
+        for reader in readers_for(given, live_plot, early_stopping, stop_on_non_finite):
+            self.add_callback(reader)
 
     def _check_rows(
         self, datasets: dict[str, Any], tokenizer: Any, args: Any, formatting: Any
@@ -113,8 +136,11 @@ class SFTTrainer(FusedTrainer):
         for stock in (ProgressCallback, NotebookProgressCallback, PrinterCallback):
             self.remove_callback(stock)
         self._loss_log = LossLogCallback(run_settings(self))
-        self.add_callback(self._loss_log)
-        self.add_callback(ProgressLines())
+        # before the callbacks that read it, of which the user may have passed some
+        self.callback_handler.callbacks.insert(0, self._loss_log)
+
+    def _readers(self) -> list[LogReader]:
+        return [c for c in self.callback_handler.callbacks if isinstance(c, LogReader)]
 
     def train(  # type: ignore[override]  # the rest of Trainer.train's arguments pass through
         self, resume_from_checkpoint: str | bool | None = None, **kwargs: Any
@@ -122,18 +148,21 @@ class SFTTrainer(FusedTrainer):
         """Train; `resume_from_checkpoint=True` goes on from the newest whole checkpoint, if any.
 
         A run that is interrupted, or that runs out of memory, saves a checkpoint of the last
-        finished step before it stops.
+        finished step before it stops; the best adapter, if early stopping keeps one, stays too.
 
         Raises:
             UserError: out of memory or disk (with what to change), or a checkpoint that is cut
                 short.
         """
         folder = self.args.output_dir or "."
+        for reader in self._readers():
+            reader.attach(self._loss_log, self._say)
         if resume_from_checkpoint is True:
             resume_from_checkpoint = self._checkpoint_to_go_on_from(folder)
         elif resume_from_checkpoint:
             resume_from_checkpoint = check_checkpoint(resume_from_checkpoint)
         if not resume_from_checkpoint and (aside := set_aside(folder)):
+            move_aside(folder, aside)
             self._say(f"an earlier run's checkpoints and log are now in {aside}")
         if resume_from_checkpoint and (done := self._finished(resume_from_checkpoint)):
             return done
@@ -141,7 +170,9 @@ class SFTTrainer(FusedTrainer):
         # a resumed run has its evaluation before the first step in the log already
         self.args.eval_on_start = eval_on_start and not resume_from_checkpoint
         try:
-            return super().train(resume_from_checkpoint=resume_from_checkpoint, **kwargs)
+            result = super().train(resume_from_checkpoint=resume_from_checkpoint, **kwargs)
+            self._say_peak_memory()
+            return result
         except KeyboardInterrupt:
             saved = self._rescue()
             self._say(f"interrupted; {saved}")
@@ -154,7 +185,18 @@ class SFTTrainer(FusedTrainer):
             raise
         finally:
             self.args.eval_on_start = eval_on_start
-            self._loss_log.close()
+            self._loss_log.close()  # raises nothing: the readers have to be told in any case
+            for reader in self._readers():
+                reader.run_ended()
+
+    def _say_peak_memory(self) -> None:
+        """What the run took, beside what was planned for it."""
+        runtime = runtime_of(self.model)
+        if runtime is None or runtime.device.type != "cuda" or not runtime.plans:
+            return
+        peak_gib = torch.cuda.max_memory_allocated(runtime.device) / 2**30
+        planned_gib = runtime.predicted_peak_bytes / 2**30
+        self._say(f"peak memory {peak_gib:.2f} GiB; planned {planned_gib:.2f}")
 
     def _finished(self, checkpoint: str | bool) -> TrainOutput | None:
         """Take over a checkpoint of the last step as it is; transformers would train one more."""
@@ -164,6 +206,9 @@ class SFTTrainer(FusedTrainer):
         self._load_from_checkpoint(str(checkpoint))
         self.state = state
         self._say(f"all {state.max_steps} steps are done: nothing is left to train")
+        for reader in self._readers():
+            if isinstance(reader, EarlyStopping):
+                reader.take_over(self.args.output_dir or ".", self.model)
         losses = [entry["loss"] for entry in state.log_history if "loss" in entry]
         loss = sum(losses) / len(losses) if losses else float("nan")
         metrics = {"train_runtime": 0.0, "train_loss": loss}
@@ -216,8 +261,8 @@ class SFTTrainer(FusedTrainer):
         if half.is_dir() and what_is_missing(half):
             shutil.rmtree(half, ignore_errors=True)
         raise UserError(
-            f"the disk is full: checkpoint {self.state.global_step} could not be written in "
-            f"{folder}; earlier checkpoints and the loss log are whole",
+            f"the disk is full: something of step {self.state.global_step} could not be written "
+            f"in {folder}; earlier checkpoints are whole",
             got=str(error).splitlines()[0],
             do="Free some space (or set save_total_limit=1), then "
             "trainer.train(resume_from_checkpoint=True)",
@@ -237,10 +282,18 @@ class SFTTrainer(FusedTrainer):
         return f"Lower max_seq_length to {length // 2}" if length else "Set max_seq_length=1024"
 
     def _rescue(self) -> str:
+        """Save a checkpoint of the last finished step; in words what there is on disk now."""
+        kept = [reader.kept() for reader in self._readers() if isinstance(reader, EarlyStopping)]
+        return "; ".join([self._save_last_step(), *filter(None, kept)])
+
+    def _save_last_step(self) -> str:
         """Save a checkpoint of the last finished step; a clause that says whether it worked."""
         if self.state.global_step == 0:
             return "no step was finished yet"
         folder = Path(self.args.output_dir or ".") / f"checkpoint-{self.state.global_step}"
+        if adapter_name(self.model) and not is_finite(adapter_tensors(self.model)):
+            # it would push the last good checkpoint out
+            return f"step {self.state.global_step} is not finite and was not saved"
         if what_is_missing(folder) is None:
             # saved right after that step; a second save could only harm it
             return f"step {self.state.global_step} is saved in {folder}"

@@ -12,6 +12,8 @@ from typing import Any
 
 import pytest
 
+from benchmarks import planner
+
 pytest.importorskip("torch")
 pytest.importorskip("peft")
 pytest.importorskip("bitsandbytes")
@@ -20,6 +22,7 @@ ROOT = Path(__file__).resolve().parent.parent.parent
 COMMANDS = {
     "kernels_bfloat16_dry": ["benchmarks.kernels", "--dry"],
     "train_step_tiny_dry": ["benchmarks.train_step", "--dry"],
+    "planner_dry": ["benchmarks.planner", "--dry"],
     "parity": [
         *("benchmarks.layer_parity", "--families", "llama,qwen3"),
         *("--dtypes", "float64,float32,bfloat16", "--batches", "2", "--name", "parity"),
@@ -62,8 +65,10 @@ def test_every_op_is_timed_and_compared(results: dict[str, Any]) -> None:
             for way in ("forward", "backward")
             for more in ("", " + residual")
         ),
-        *("swiglu forward", "swiglu backward", "swiglu backward + product", "rope"),
-        *("nf4 decode", "lora borders", "linear_cross_entropy"),
+        "rms_norm backward + residual + output",
+        *("swiglu forward", "swiglu backward", "swiglu backward + product"),
+        *("swiglu backward + lora", "copy rows", "rope", "qkv gradients"),
+        *("nf4 decode", "lora borders", "nf4 decode + lora borders", "linear_cross_entropy"),
         *("attention forward", "attention backward"),
     }
     for row in result["rows"]:
@@ -116,3 +121,39 @@ def test_parity_shows_the_precision_of_each_dtype(results: dict[str, Any]) -> No
 def test_tables_are_printed(results: dict[str, Any]) -> None:
     for head in ("ours ms", "launches/layer", "until done ms", "gradients: ours"):
         assert head in results["text"]
+
+
+def test_plans_are_held_against_measurements(results: dict[str, Any]) -> None:
+    fits, misfit = results["planner_dry"]["rows"]
+    assert (fits["case"], fits["fits"], fits["out_of_memory"]) == ("2x32", True, False)
+    assert fits["step_ms"] > 0
+    assert fits["predicted_peak_gib"] > 0
+    assert fits["recompute_share"] == 0
+    assert "layers 0-1: keep" in fits["plan"]
+    assert not misfit["fits"]
+    assert "no plan fits" in misfit["plan"]
+    assert "predicted not to fit" in results["text"]
+
+
+def test_the_curve_of_plans_is_drawn(tmp_path: Path) -> None:
+    def row(case: str, peak_gib: float, step_ms: float) -> dict[str, Any]:
+        about = {"fits": True, "out_of_memory": False}
+        return about | {"case": case, "peak_gib": peak_gib, "step_ms": step_ms}
+
+    about = {"model": "m", "machine": "a GPU", "date": "2026-01-01"}
+    rows = [row("2x2048 @ 7 GiB", 6.9, 310.0), row("2x2048", 18.0, 250.0)]
+    rows += [row("1x8192", 30.0, 500.0), {"case": "8x2048 @ 1 GiB", "fits": False}]
+    path, peer = tmp_path / "planner.json", tmp_path / "peer.json"
+    path.write_text(json.dumps({**about, "rows": rows}), "utf-8")
+    other = {"implementation": "hf", "shape": "2x2048", "out_of_memory": False}
+    other |= {"peak_gib": 13.5, "step_ms": 786.0}
+    peer.write_text(json.dumps({"rows": [other]}), "utf-8")
+    drawn = planner.draw(path, [peer])
+    assert drawn.read_bytes().startswith(b"\x89PNG")
+    path.write_text(json.dumps({**about, "rows": rows[3:]}), "utf-8")
+    with pytest.raises(SystemExit, match="no measured case"):
+        planner.draw(path, [])
+
+
+def test_cases_are_read() -> None:
+    assert planner.parse_cases("2x32,1x8192@7.9") == [(2, 32, None), (1, 8192, 7.9)]

@@ -3,40 +3,40 @@
 from __future__ import annotations
 
 import base64
-import itertools
 import math
 import os
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import numpy as np
 import pytest
-from matplotlib.colors import to_rgb
+from loss_runs import (
+    HEALTHY,
+    HEALTHY_READ,
+    OVERFITTING,
+    OVERFITTING_READ,
+    RATE_READ,
+    RATE_TOO_HIGH,
+    SPIKED,
+    SPIKED_READ,
+    add_events,
+    artists,
+    check_all_text,
+    diagnosis,
+    make_run,
+    replace_losses,
+    texts,
+    verdict,
+)
 
 from colab_qlora.curves import describe_curves, draw_curves, figure_bundle, save_png
-from colab_qlora.curves.artists import DARK, LIGHT
+from colab_qlora.curves.picture.curve import as_curves
+from colab_qlora.curves.picture.theme import LIGHT
 from colab_qlora.errors import UserError
 
 REPO = Path(__file__).resolve().parents[2]
-
-
-def make_run(points=200, evals=10, low=1.0, rise=0.0, seed=0):
-    """A run that falls from 2.4 to `low`; with `rise` its eval loss turns at 40 %."""
-    rng = np.random.default_rng(seed)
-    records = []
-    for step in range(points + 1):
-        t = step / points
-        loss = low + (2.4 - low) * math.exp(-6 * t)
-        if step:
-            records.append({"step": step, "loss": loss + rng.normal(0, 0.1)})
-        if evals and step % (points // evals) == 0:
-            records.append({"step": step, "eval_loss": loss + 0.1 + rise * max(0.0, t - 0.4)})
-    return records
-
-
-def replace_losses(records, steps, value):
-    return [r | {"loss": value} if "loss" in r and r["step"] in steps else r for r in records]
 
 
 NAN_RUN = replace_losses(make_run(), range(150, 201), math.nan)
@@ -61,43 +61,51 @@ PICTURES = {
 }
 
 
-def artists(fig, gid):
-    return [artist for artist in fig.findobj() if artist.get_gid() == gid]
-
-
-def texts(fig, gid):
-    return [artist.get_text() for artist in artists(fig, gid)]
-
-
-def boxes_of_all_text(fig):
-    renderer = fig.canvas.get_renderer()
-    fig.draw(renderer)
-    ax = fig.axes[0]
-    placed = [t for gid in ("end-label", "note", "title") for t in artists(fig, gid)]
-    in_view = [
-        tick
-        for axis, limits in ((ax.xaxis, ax.get_xlim()), (ax.yaxis, ax.get_ylim()))
-        for tick, at in zip(axis.get_ticklabels(), axis.get_ticklocs(), strict=True)
-        if limits[0] <= at <= limits[1]
-    ]
-    named = [*placed, *in_view, ax.xaxis.label, ax.yaxis.label]
-    return [(t.get_text(), t.get_window_extent(renderer), t.get_fontsize()) for t in named]
-
-
 @pytest.mark.parametrize("dark", [False, True])
 @pytest.mark.parametrize("size", [(800, 450), (480, 300), (1200, 600)])
 @pytest.mark.parametrize("name", PICTURES)
 def test_text_is_large_inside_the_figure_and_apart(name, size, dark):
     width, height = size
     fig = draw_curves(PICTURES[name], title="A title", dark=dark, width_px=width, height_px=height)
-    boxes = boxes_of_all_text(fig)
-    for text, box, points in boxes:
-        assert points >= 11, text
-        assert box.x0 >= 0 and box.y0 >= 0 and box.x1 <= width and box.y1 <= height, text
-    for (text, box, _), (other, other_box, _) in itertools.combinations(boxes, 2):
-        assert not box.overlaps(other_box), f"{text!r} overlaps {other!r}"
-    plot = fig.axes[0].get_window_extent()
-    assert plot.width > 0.3 * width and plot.height > 0.3 * height
+    check_all_text(fig, width, height)
+
+
+EVENTFUL = add_events(SPIKED, (0, 10, 14, 17, 80, 150, 199))
+THREE_READ = {
+    name: diagnosis(
+        verdict("overfitting", 40 + 20 * k),
+        verdict("memorising", 90 + k),
+        last_step=200 - 20 * k,
+        divergence_step=40 + 20 * k,
+    )
+    for k, name in enumerate(list(MANY)[:3])
+}
+MARKED = {
+    "textbook healthy": (HEALTHY, HEALTHY_READ, {}),
+    "textbook overfitting": (OVERFITTING, OVERFITTING_READ, {}),
+    "textbook rate": (RATE_TOO_HIGH, RATE_READ, {"learning_rate": True}),
+    "marks": (SPIKED, SPIKED_READ, {}),
+    "marks and rate": (SPIKED, SPIKED_READ, {"learning_rate": True}),
+    "everything": (EVENTFUL, SPIKED_READ, {"learning_rate": True, "stop_at": 150}),
+    "events in a zoom": (EVENTFUL, None, {"y_range": (0.9, 1.4), "stop_at": 150}),
+    "many events": (add_events(make_run(), range(0, 200, 3)), None, {}),
+    "three": (PICTURES["three"], THREE_READ, {"learning_rate": True, "stop_at": 100}),
+    "six": (MANY, THREE_READ, {"learning_rate": True}),
+}
+
+
+@pytest.mark.parametrize("size", [(800, 450), (480, 300), (480, 360), (1200, 600)])
+@pytest.mark.parametrize("name", MARKED)
+def test_marked_text_is_large_inside_the_figure_and_apart(name, size):
+    runs, read, settings = MARKED[name]
+    width, height = size
+    fig = draw_curves(
+        runs, diagnosis=read, title="A title", width_px=width, height_px=height, **settings
+    )
+    check_all_text(fig, width, height)
+    bottom = fig.axes[0].get_window_extent().y0
+    for panel in fig.axes[1:]:
+        assert panel.get_window_extent().y1 < bottom
 
 
 def test_labels_of_one_run():
@@ -151,39 +159,6 @@ def test_labels_go_by_rank_where_room_is_short():
     assert len(texts(fig, "end-label")) == 6
 
 
-def luminance(colour):
-    linear = [c / 12.92 if c <= 0.04045 else ((c + 0.055) / 1.055) ** 2.4 for c in to_rgb(colour)]
-    return float(np.dot([0.2126, 0.7152, 0.0722], linear))
-
-
-def contrast(one, other):
-    low, high = sorted((luminance(one), luminance(other)))
-    return (high + 0.05) / (low + 0.05)
-
-
-@pytest.mark.parametrize("theme", [LIGHT, DARK], ids=["light", "dark"])
-def test_palette_in_grey_and_against_the_paper(theme):
-    for colour in (*theme.colours, theme.muted):
-        assert contrast(colour, theme.paper) >= 3
-    assert contrast(theme.ink, theme.paper) >= 7
-    # lightness in CIE L*, 0 to 100
-    lightness = [116 * luminance(colour) ** (1 / 3) - 16 for colour in theme.colours]
-    assert min(abs(a - b) for a, b in itertools.combinations(lightness, 2)) >= 7
-    assert min(abs(a - b) for a, b in itertools.combinations(lightness[:3], 2)) >= 15
-
-
-def test_series_differ_by_more_than_colour():
-    fig = draw_curves(MANY)
-    trains, evals = artists(fig, "train"), artists(fig, "eval")
-    assert len({str(line._dash_pattern) for line in trains}) == 6
-    assert len({line.get_marker() for line in evals}) == 6
-    assert len({line.get_color() for line in trains}) == 6
-    single = draw_curves(make_run())
-    (train,), (evaluation,) = artists(single, "train"), artists(single, "eval")
-    assert contrast(train.get_color(), evaluation.get_color()) > 2
-    assert (train.get_marker(), evaluation.get_marker()) == ("None", "o")
-
-
 def test_non_finite_values_are_marked_on_the_top_edge():
     fig = draw_curves(NAN_RUN)
     (crosses,) = artists(fig, "non-finite")
@@ -228,11 +203,104 @@ def test_smooth_false_draws_the_logged_loss():
     assert "train" in texts(fig, "end-label")
 
 
+def test_a_share_sets_the_smoothing():
+    def line(smooth):
+        return artists(draw_curves(make_run(), smooth=smooth), "train")[0].get_ydata()
+
+    np.testing.assert_array_equal(line(0.05), line(True))
+    np.testing.assert_array_equal(line(0), line(False))
+    roughness = [np.abs(np.diff(line(smooth))).mean() for smooth in (0.0, 0.01, 0.05, 0.3)]
+    assert roughness == sorted(roughness, reverse=True)
+
+
 def test_lone_points_are_visible():
-    values = [1.0, math.nan, 2.0, math.nan, math.nan, 1.0, 1.0]
-    fig = draw_curves([{"step": s, "loss": v} for s, v in enumerate(values)])
+    values = [1.0, math.nan, 2.0, math.nan, math.nan, 1.0, 1.0, *([1.0] * 40)]
+    fig = draw_curves([{"step": s, "loss": v} for s, v in enumerate(values)], smooth=False)
     (dots,) = artists(fig, "lone")
     assert dots.get_xdata().tolist() == [0, 2]
+
+
+def test_few_points_are_shown_as_points():
+    fig = draw_curves(HEALTHY)
+    (train,), (evaluation,) = artists(fig, "train"), artists(fig, "eval")
+    assert train.get_marker() not in ("None", evaluation.get_marker())
+    # in grey a hollow marker differs from a full one
+    assert train.get_markerfacecolor() == LIGHT.paper
+    assert evaluation.get_markerfacecolor() == evaluation.get_color()
+    assert artists(draw_curves(make_run(points=300)), "train-raw")[0].get_marker() == "None"
+    assert artists(draw_curves(make_run(points=60)), "train-raw")[0].get_marker() == "o"
+
+
+def test_y_range_is_kept_and_what_lies_beyond_is_said():
+    run = [{"step": s, "loss": loss} for s, loss in enumerate([5.0, 3.0, 2.0, 1.5, 0.5, 0.2])]
+    fig = draw_curves(run, y_range=(1, 4))
+    assert fig.axes[0].get_ylim() == (1, 4)
+    assert "\u25b2 1 value above, 5.000 at step 0" in texts(fig, "note")
+    assert "\u25bc 2 values below, lowest 0.200 at step 5" in texts(fig, "note")
+    (below,) = artists(fig, "clipped-below")
+    assert below.get_xdata().tolist() == [4, 5] and set(below.get_ydata()) == {0}
+
+
+def test_a_base_outside_the_range_has_no_label():
+    fig = draw_curves(make_run(), y_range=(1, 2))
+    assert "before training" not in texts(fig, "end-label")
+    assert not artists(fig, "base")
+
+
+def test_the_learning_rate_has_a_panel_with_its_peak():
+    run = [{"step": s, "loss": 2.0, "learning_rate": r} for s, r in ((1, 1e-4), (2, 3e-4), (3, 0))]
+    fig = draw_curves(run, learning_rate=True)
+    ax, panel = fig.axes
+    assert ax.get_xlim() == panel.get_xlim()
+    assert ax.get_window_extent().x0 == pytest.approx(panel.get_window_extent().x0)
+    assert ax.get_window_extent().x1 == pytest.approx(panel.get_window_extent().x1)
+    assert texts(fig, "panel-label") == ["learning rate", "peak 0.0003"]
+    (line,), (peak,) = artists(fig, "learning-rate"), artists(fig, "peak")
+    assert line.get_ydata().tolist() == [1e-4, 3e-4, 0]
+    assert (peak.get_xdata()[0], peak.get_ydata()[0]) == (2, 3e-4)
+    assert len(draw_curves(run).axes) == 1
+
+
+def test_learning_rates_of_a_comparison():
+    rates = {"a": 1e-4, "b": 1e-3}
+    runs = {n: [r | {"learning_rate": rate} for r in make_run()] for n, rate in rates.items()}
+    fig = draw_curves(runs, learning_rate=True)
+    assert texts(fig, "panel-label") == ["peak learning rate", "0.0001 to 0.001"]
+    lines = artists(fig, "learning-rate")
+    assert len({str(line._dash_pattern) for line in lines}) == 2
+
+
+def test_a_log_without_learning_rate_says_so():
+    fig = draw_curves(HEALTHY, learning_rate=True)
+    assert len(fig.axes) == 1
+    assert "the log has no learning rate" in texts(fig, "note")
+
+
+def test_a_curve_made_once_gives_the_same_picture():
+    run = add_events(make_run(), (20,))
+    (curve,) = as_curves(run)
+    settings = {"learning_rate": True, "diagnosis": SPIKED_READ}
+    first = figure_bundle(draw_curves(run, **settings), "")
+    assert figure_bundle(draw_curves(curve, **settings), "") == first
+    named = draw_curves({"a": curve, "b": make_run(low=1.2)})
+    assert "a: train" in texts(named, "end-label")
+
+
+def test_a_million_points_take_less_than_a_second():
+    losses = np.random.default_rng(0).normal(1, 0.1, 10**6).tolist()
+    records = [{"step": step, "loss": loss} for step, loss in enumerate(losses)]
+    draw_curves(records[:10])  # loads matplotlib
+    # processor time: what else runs on the machine is not counted
+    began = time.process_time()
+    figure_bundle(draw_curves(records), "")
+    assert time.process_time() - began < 1
+
+
+def test_notes_go_by_importance_where_the_height_is_short():
+    tall = draw_curves(EVENTFUL, diagnosis=SPIKED_READ, height_px=600)
+    low = draw_curves(EVENTFUL, diagnosis=SPIKED_READ, width_px=480, height_px=300, title="Title")
+    assert len(texts(low, "note")) < len(texts(tall, "note"))
+    assert "overfitting since step 100" in texts(low, "note")
 
 
 def test_a_long_run_is_thinned_and_keeps_its_extremes():
@@ -316,3 +384,31 @@ def test_wrong_pictures():
         draw_curves({str(k): make_run() for k in range(7)})
     with pytest.raises(UserError, match="too small .* got 300 x 450 px"):
         draw_curves(make_run(), width_px=300)
+
+
+@pytest.mark.parametrize("y_range", [(2, 1), (1, 1), (0, math.inf), (math.nan, 1), 3, (1, 2, 3)])
+def test_wrong_y_range(y_range):
+    with pytest.raises(UserError, match="y_range is no range"):
+        draw_curves(HEALTHY, y_range=y_range)
+
+
+@pytest.mark.parametrize("smooth", [-0.1, 1.5, math.nan, "much"])
+def test_wrong_smooth(smooth):
+    with pytest.raises(UserError, match="smooth is no share .* allowed: True, False, or 0 to 1"):
+        draw_curves(HEALTHY, smooth=smooth)
+
+
+@pytest.mark.parametrize("stop_at", [-1, 2.5, True, "3"])
+def test_wrong_stop_at(stop_at):
+    with pytest.raises(UserError, match="stop_at is no step"):
+        draw_curves(HEALTHY, stop_at=stop_at)
+
+
+def test_equal_losses_of_runs_of_different_length_are_one_smoothed_line():
+    whole = make_run(points=200, evals=0)
+    part = [record for record in whole if record["step"] <= 80]
+    lines = artists(draw_curves({"whole": whole, "part": part}), "train")
+    smoothed = [line.get_ydata() for line in lines]
+    assert sorted(len(line) for line in smoothed) == [80, 200]
+    short, long = sorted(smoothed, key=len)
+    assert short == pytest.approx(long[:80])

@@ -7,7 +7,7 @@ import itertools
 import numpy as np
 import pytest
 
-from colab_qlora.curves.layout import pack_rows, shorten, spread
+from colab_qlora.curves.picture.layout import pack_rows, shorten, spread
 
 
 @pytest.mark.parametrize("seed", range(20))

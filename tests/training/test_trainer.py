@@ -286,7 +286,7 @@ def test_full_disk_leaves_earlier_checkpoints_whole(
         stock(content, target, *args, **kwargs)
 
     monkeypatch.setattr(torch, "save", full)
-    with pytest.raises(UserError, match="the disk is full: checkpoint 3 could not be written"):
+    with pytest.raises(UserError, match="full: something of step 3 could not be written"):
         trainer.train()
     assert not (tmp_path / "out" / "checkpoint-3").exists()
     assert what_is_missing(tmp_path / "out" / "checkpoint-2") is None
@@ -303,7 +303,7 @@ def test_full_disk_under_the_weights(make_trainer: Make) -> None:
         raise SafetensorError("Error while serializing: I/O error: (os error 28)")
 
     trainer.save_model = full
-    with pytest.raises(UserError, match="the disk is full: checkpoint 2 could not be written"):
+    with pytest.raises(UserError, match="full: something of step 2 could not be written"):
         trainer.train()
 
 

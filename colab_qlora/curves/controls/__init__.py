@@ -1,0 +1,1 @@
+"""The parts of the explorer and the panel: widgets, the view that they set, the choice of runs."""

@@ -1,0 +1,1 @@
+"""Loss logs as files: formats, names, where one run ends, and from records to arrays."""
