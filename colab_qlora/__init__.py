@@ -15,42 +15,60 @@ __version__ = "0.1.0"
 
 # public name -> the module that defines it
 _EXPORTS = {
+    "EarlyStopping": "training.early_stopping",
     "FastLanguageModel": "fast_language_model",
     "SFTConfig": "training.arguments",
     "SFTTrainer": "training.trainer",
     "UserError": "errors",
+    "advise": "curves.advise",
     "describe": "models.describe",
+    "diagnose": "curves.diagnose",
+    "explore_curves": "curves.widgets",
+    "learning_rate_sweep": "training.learning_rate_sweep",
     "inspect_environment": "environment",
     "install_missing": "install",
+    "plan_memory": "models.memory_planning",
     "read_log": "curves.log",
     "restore": "models.fuse",
     "draw_curves": "curves.draw",
 }
 
 __all__ = [
+    "EarlyStopping",
     "FastLanguageModel",
     "SFTConfig",
     "SFTTrainer",
     "UserError",
     "__version__",
+    "advise",
     "describe",
+    "diagnose",
     "draw_curves",
+    "explore_curves",
     "inspect_environment",
     "install_missing",
+    "learning_rate_sweep",
+    "plan_memory",
     "read_log",
     "restore",
 ]
 
 if TYPE_CHECKING:
+    from colab_qlora.curves.advise import advise
+    from colab_qlora.curves.diagnose import diagnose
     from colab_qlora.curves.draw import draw_curves
     from colab_qlora.curves.log import read_log
+    from colab_qlora.curves.widgets import explore_curves
     from colab_qlora.environment import inspect_environment
     from colab_qlora.errors import UserError
     from colab_qlora.fast_language_model import FastLanguageModel
     from colab_qlora.install import install_missing
     from colab_qlora.models.describe import describe
     from colab_qlora.models.fuse import restore
+    from colab_qlora.models.memory_planning import plan_memory
     from colab_qlora.training.arguments import SFTConfig
+    from colab_qlora.training.early_stopping import EarlyStopping
+    from colab_qlora.training.learning_rate_sweep import learning_rate_sweep
     from colab_qlora.training.trainer import SFTTrainer
 
 __getattr__, __dir__ = lazy_names(__name__, _EXPORTS, __all__)

@@ -1,4 +1,4 @@
-"""The command line: `python -m colab_qlora doctor|install`.
+"""The command line: `python -m colab_qlora doctor|install|plan`.
 
 A subcommand is one function that adds its parser and names its handler; `COMMANDS` lists them.
 Handlers import what they need, so `--version` and `--help` work whatever is broken.
@@ -73,7 +73,17 @@ def _install(options: argparse.Namespace) -> int:
     return 0
 
 
-COMMANDS: tuple[Callable[[Subparsers], None], ...] = (_add_doctor, _add_install)
+def _add_plan(subparsers: Subparsers) -> None:
+    from colab_qlora.plan_command import add_arguments, run_plan
+
+    parser = subparsers.add_parser(
+        "plan", help="what training a model needs on a GPU: does it fit, how long does it take"
+    )
+    add_arguments(parser)
+    parser.set_defaults(handler=run_plan)
+
+
+COMMANDS: tuple[Callable[[Subparsers], None], ...] = (_add_doctor, _add_install, _add_plan)
 
 
 def build_parser() -> argparse.ArgumentParser:

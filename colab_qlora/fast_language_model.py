@@ -89,6 +89,8 @@ class FastLanguageModel:
         random_state: int = 3407,
         *,
         use_fused_layers: bool = True,
+        memory_budget_gib: float | None = None,
+        host_budget_gib: float | None = None,
         **lora_options: Any,
     ) -> Any:
         """Attach LoRA adapters and return a plain `PeftModel`.
@@ -100,10 +102,16 @@ class FastLanguageModel:
             lora_alpha: the adapter's output is scaled by lora_alpha / r.
             lora_dropout: share of the adapter's input that is dropped in training, 0 to below 1.
             bias: "none", "all" or "lora_only", as in PEFT.
-            use_gradient_checkpointing: False, True, or "smart" ("unsloth" is another name for it).
+            use_gradient_checkpointing: False keeps all activations, True recomputes every layer,
+                "smart" ("unsloth" is another name for it) keeps what fits, offloads what travels
+                for nothing, and recomputes the rest; see `plan_memory`.
             random_state: seed of the adapters' start; the global random state is left alone.
             use_fused_layers: compute decoder layers and loss by the kit's kernels where the model
                 allows it; `describe(model)` lists what was swapped, `restore(model)` undoes it.
+            memory_budget_gib: with "smart", most GPU memory (torch.cuda.max_memory_allocated) in
+                GiB; None: what is free.
+            host_budget_gib: with "smart", most page-locked host memory in GiB; None: what is free;
+                0 offloads nothing.
             **lora_options: further fields of `peft.LoraConfig` (use_rslora, modules_to_save, ...).
 
         Returns:
@@ -129,6 +137,8 @@ class FastLanguageModel:
             use_gradient_checkpointing,
             random_state,
             use_fused_layers=use_fused_layers,
+            memory_budget_gib=memory_budget_gib,
+            host_budget_gib=host_budget_gib,
             **lora_options,
         )
 
@@ -145,5 +155,10 @@ class FastLanguageModel:
         settings = settings_of(model)
         model.config.use_cache = False
         if settings is not None and settings.use_gradient_checkpointing is not None:
-            set_gradient_checkpointing(model, settings.use_gradient_checkpointing)
+            set_gradient_checkpointing(
+                model,
+                settings.use_gradient_checkpointing,
+                settings.memory_budget_gib,
+                settings.host_budget_gib,
+            )
         return model.train()

@@ -108,13 +108,13 @@ def test_version(capsys):
 
 
 def test_a_further_command_is_one_function(monkeypatch):
-    def add_plan(subparsers):
-        parser = subparsers.add_parser("plan")
+    def add_count(subparsers):
+        parser = subparsers.add_parser("count")
         parser.add_argument("tokens", type=int)
         parser.set_defaults(handler=lambda options: options.tokens)
 
-    monkeypatch.setattr(command_line, "COMMANDS", (*command_line.COMMANDS, add_plan))
-    assert command_line.main(["plan", "7"]) == 7
+    monkeypatch.setattr(command_line, "COMMANDS", (*command_line.COMMANDS, add_count))
+    assert command_line.main(["count", "7"]) == 7
 
 
 def test_a_user_error_is_one_line(monkeypatch, capsys):
