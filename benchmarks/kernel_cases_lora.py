@@ -14,7 +14,13 @@ from torch.nn import functional
 
 from benchmarks.kernel_case import Call, Case, Tensors, differentiable, randoms
 from colab_qlora.kernels.copy_rows import copy_rows
-from colab_qlora.kernels.glu_lora import can_fuse_glu_lora, glu_lora_backward, share_of_tokens
+from colab_qlora.kernels.glu_lora import (
+    can_fuse_glu_lora,
+    form_for,
+    glu_lora_backward,
+    padded_rank,
+    share_of_tokens,
+)
 from colab_qlora.kernels.swiglu import glu_backward
 
 SIZES = ((4096, 4096), (4096, 14336), (8192, 4096))
@@ -126,7 +132,7 @@ def _glu_lora(size: tuple[int, int], rank: int, device: torch.device) -> Case:
     tokens, width = size
     shapes = dict.fromkeys(("dm", "gate", "up"), size)
     shapes |= dict.fromkeys(("ds", "xg", "xu"), (tokens, rank))
-    shares = _shares(tokens, width, device)
+    shares = _shares(tokens, width, rank, device)
     sum_bytes = 4 if shares == 1 else 8 * shares
     return Case(
         op="swiglu backward + lora",
@@ -139,9 +145,11 @@ def _glu_lora(size: tuple[int, int], rank: int, device: torch.device) -> Case:
     )
 
 
-def _shares(tokens: int, width: int, device: torch.device) -> int:
+def _shares(tokens: int, width: int, rank: int, device: torch.device) -> int:
     """Among how many programs the kernel divides the tokens."""
     if device.type != "cuda":
-        return 1
-    processors = torch.cuda.get_device_properties(device).multi_processor_count
-    return -(-tokens // share_of_tokens(tokens, width, processors))
+        processors = 1
+    else:
+        processors = torch.cuda.get_device_properties(device).multi_processor_count
+    form = form_for([padded_rank(rank)] * 3)
+    return -(-tokens // share_of_tokens(tokens, width, processors, form))

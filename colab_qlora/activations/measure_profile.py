@@ -1,6 +1,7 @@
 """Measure the rates that plans need, on the GPU that is there, at a model's own sizes.
 
-About 2 s: each rate is the median of a few runs between CUDA events. Copies are timed while GEMMs
+About 2 s: each rate is that of many calls in a row, on a GPU that has been busy for a while, since
+it clocks lower then than in the short bursts of a measurement. Copies are timed while GEMMs
 run, since that is when they are made. What the host needs to start kernels cannot be had without
 a model; the recorded figure of an H100's host is taken.
 """
@@ -13,6 +14,7 @@ import hashlib
 import json
 import math
 import statistics
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -28,6 +30,10 @@ from colab_qlora.host import host_memory_gib
 
 GIB = 2**30
 RUNS = 5
+# each rate is measured for about so long, of at most so many calls
+BUSY_S, MOST_RUNS = 0.06, 300
+WARM_UP_S = 0.3
+HOST_CALLS = 200
 COPY_BYTES = 64 * 2**20
 # bytes of a number in NF4 with double quantisation
 _NF4_BYTES = 0.5 + 1 / 64 + 4 / 16384
@@ -97,6 +103,7 @@ def measure(
     dtype = pick_compute_dtype(torch) if device.type == "cuda" else torch.float32
     devices = [device] if device.type == "cuda" else []
     with torch.no_grad(), torch.random.fork_rng(devices):
+        _warm_up(device, dtype)
         gemm = _gemm_rate(shape, tokens, device, dtype, timer)
         ahead, back, name = _attention_rates(shape, tokens, seq_length, device, dtype, timer)
         move = _move_rate(shape, tokens, device, dtype, timer)
@@ -244,17 +251,49 @@ def _copy_rates(device: torch.device, dtype: torch.dtype) -> tuple[float, float]
 
 
 def _event_timer(call: Callable[[], Any]) -> float:
-    """Seconds of a call on the GPU, the median of a few."""
-    call()
+    """Seconds of a call on a GPU that is kept busy, as training keeps it: then its clock is lower."""
+    seconds = _timed(call, 1)
+    count = max(RUNS, math.ceil(BUSY_S / max(seconds, 1e-6)))
+    return _timed(call, min(count, MOST_RUNS)) / min(count, MOST_RUNS)
+
+
+def host_call_s(device: torch.device) -> float:
+    """What the host needs to start one small kernel through torch."""
+    x = torch.ones(16, 16, device=device)
+    y = torch.empty_like(x)
     found = []
     for _ in range(RUNS):
-        began, ended = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-        began.record()
-        call()
-        ended.record()
-        ended.synchronize()
-        found.append(began.elapsed_time(ended) / 1e3)
+        if device.type == "cuda":
+            torch.cuda.synchronize(device)
+        began = time.perf_counter()
+        for _ in range(HOST_CALLS):
+            torch.mm(x, x, out=y)
+        found.append((time.perf_counter() - began) / HOST_CALLS)
     return statistics.median(found)
+
+
+def _timed(call: Callable[[], Any], count: int) -> float:
+    """Seconds of so many calls in a row, after one that does not count."""
+    call()
+    began, ended = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+    began.record()
+    for _ in range(count):
+        call()
+    ended.record()
+    ended.synchronize()
+    return began.elapsed_time(ended) / 1e3
+
+
+def _warm_up(device: torch.device, dtype: torch.dtype) -> None:
+    """Bring a GPU to the clock that it holds under load, which takes it some tenths of a second."""
+    if device.type != "cuda":
+        return
+    square = torch.empty((4096, 4096), dtype=dtype, device=device).normal_()
+    began = time.perf_counter()
+    while time.perf_counter() - began < WARM_UP_S:
+        for _ in range(20):
+            torch.mm(square, square)
+        torch.cuda.synchronize(device)
 
 
 def read_profile(path: Path) -> GpuProfile | None:

@@ -167,7 +167,8 @@ def _rank(factor: torch.Tensor | None) -> int:
     return 0 if factor is None else factor.shape[1]
 
 
-def _padded(rank: int) -> int:
+def padded_rank(rank: int) -> int:
+    """Columns of a factor's tile: a power of two, 16 at least; 0 without a factor."""
     return max(_MIN_RANK, triton.next_power_of_2(rank)) if rank else 0
 
 
@@ -178,7 +179,7 @@ def _start(
     assert gate is not None
     tokens, width = gate.shape
     ranks = [_rank(factor) for factor in factors]
-    padded = [_padded(rank) for rank in ranks]
+    padded = [padded_rank(rank) for rank in ranks]
     form = form_for(padded)
     share = share_of_tokens(tokens, width, _processors(gate.get_device()), form)
     grid = (triton.cdiv(width, form.columns), triton.cdiv(tokens, share))

@@ -33,7 +33,8 @@ def attention_half(
     """Return h1 (tokens, width)."""
     q, k, v = _projected(h0, parts, run, saved, None)
     o = _attended(q, k, v, parts, run, saved)
-    return _joined(h0, o, parts, run, saved)
+    # the store is only written to on the way forward: to read it would bring back what it sent away
+    return _joined(h0, o, None, parts, run, saved)
 
 
 def rebuild_attention(parts: LayerParts, run: Pass, saved: SavedTensors) -> dict[str, torch.Tensor]:
@@ -46,7 +47,7 @@ def rebuild_attention(parts: LayerParts, run: Pass, saved: SavedTensors) -> dict
     if again.get("o") is None or again.get("lse") is None:
         _attended(again.need("q"), again.need("k"), again.need("v"), parts, run, again)
     if again.get("h1") is None or again.get("xa_o") is None:
-        _joined(h0, again.need("o"), parts, run, again)
+        _joined(h0, again.need("o"), again.get("h1"), parts, run, again)
     return again.tensors
 
 
@@ -241,6 +242,7 @@ def _attended(
 def _joined(
     h0: torch.Tensor,
     o: torch.Tensor,
+    h1: torch.Tensor | None,
     parts: LayerParts,
     run: Pass,
     saved: SavedTensors | _Rebuilt,
@@ -249,7 +251,6 @@ def _joined(
     if parts.o.spare_columns(o.device):
         wide = parts.o.wide("x", o.shape[0], parts.o.in_features, o)
         copy_rows(o, wide.main)
-    h1 = saved.get("h1")
     only: frozenset[int] | None = frozenset()
     if h1 is None:
         h1, only = torch.empty_like(h0), None
