@@ -9,6 +9,8 @@ PYTHON ?= $(firstword $(foreach p,python3 python3.13 python3.12 python3.11 pytho
 VENV ?= .venv
 BIN = $(VENV)/bin
 OUT ?= out
+# processes that the tests are divided among, of one thread and up to 3 GB each; file by file
+WORKERS ?= 2
 
 .PHONY: run test check format clean
 
@@ -19,7 +21,7 @@ test: $(VENV)/.installed-test
 	$(BIN)/python -m ruff check .
 	$(BIN)/python -m ruff format --check .
 	$(BIN)/python -m mypy
-	$(BIN)/python -m pytest $(ARGS)
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(WORKERS) --dist loadfile $(ARGS)
 
 check: $(VENV)/.installed-test
 	$(BIN)/python -m ruff check .

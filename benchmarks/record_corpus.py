@@ -102,7 +102,9 @@ def large_runs() -> Iterator[tuple[str, Run]]:
 def make_run(name: str, run: Run, model_name: str, folder: Path, max_steps: int = -1) -> Path:
     """Make one run and put its log into the folder."""
     print(f"{name}: {run}", flush=True)
-    model, tokenizer = FastLanguageModel.from_pretrained(model_name, max_seq_length=128)
+    # a model in bfloat16 would train without a loss scaler, whatever the arguments say
+    dtype = "float16" if run.fp16_scale else None
+    model, tokenizer = FastLanguageModel.from_pretrained(model_name, 128, dtype)
     model = FastLanguageModel.get_peft_model(
         model,
         r=16,

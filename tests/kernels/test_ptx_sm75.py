@@ -28,6 +28,7 @@ from colab_qlora.kernels import (
     nf4,
     nf4_group,
     nf4_many,
+    nf4_search,
     qkv_gradients,
     rms_norm,
     rope,
@@ -363,6 +364,48 @@ def cross_entropy_of_rows(monkeypatch):
         agree(run, randn(3, 9248) * 4)
 
 
+def scales_searched(monkeypatch):
+    """All four kinds of launch; judged by the weighted error that is left, as ties may go either way."""
+    weight, h = randn(64, 512) / 8, torch.rand(512, device=DEVICE) + 0.1
+
+    def errors(scales: torch.Tensor, blocksize: int, column_weights) -> torch.Tensor:
+        blocks = weight.double().view(-1, blocksize)
+        levels = torch.tensor(nf4_search.NF4_LEVELS, device=DEVICE, dtype=torch.float64)
+        ratios = blocks / scales.double()[:, None]
+        nearest = levels[(ratios[..., None] - levels).abs().argmin(2)] * scales.double()[:, None]
+        squares = (blocks - nearest).square()
+        if column_weights is not None:
+            squares = squares * column_weights.double().expand_as(weight).reshape(-1, blocksize)
+        return squares.sum(1)
+
+    for blocksize in (64, 32):
+        absmax = weight.float().view(-1, blocksize).abs().amax(1)
+        cap = absmax * 1.2
+        candidates = absmax[:, None] * torch.tensor([1.0, 0.9, 0.8, 1.4], device=DEVICE)
+        calls = [(h, {"cap": cap})]
+        if blocksize == 64:
+            calls += [(None, {}), (h, {"scales": candidates})]
+        for column_weights, options in calls:
+            needs_codes = "cap" not in options
+            codes = torch.empty(weight.numel(), dtype=torch.uint8, device=DEVICE)
+            found = nf4_search.launch_search(
+                weight, column_weights, absmax, blocksize, codes=codes if needs_codes else None,
+                **options,
+            )  # fmt: skip
+            got = errors(found, blocksize, column_weights)
+            stock = errors(absmax, blocksize, column_weights)
+            assert (got <= stock * (1 + 1e-6)).all() and got.sum() < 0.95 * stock.sum()
+            limit = options.get("cap")
+            assert limit is None or (found <= limit * (1 + 1e-6)).all()
+            if needs_codes:
+                levels = torch.tensor(nf4_search.NF4_LEVELS, device=DEVICE).double()
+                decoded = levels[codes.long()].view(-1, blocksize) * found.double()[:, None]
+                squares = (weight.double().view(-1, blocksize) - decoded).square()
+                if column_weights is not None:
+                    squares = squares * column_weights.double().repeat(64).view(-1, blocksize)
+                assert torch.allclose(squares.sum(1), got, rtol=1e-5)
+
+
 class Scenario(NamedTuple):
     """Calls of an op, the kernels that it launches, and the compile cases that they have to fit."""
 
@@ -423,6 +466,17 @@ SCENARIOS = [
         nf4_group,
         ("_group_kernel",),
         ("nf4_group nested", "nf4_group plain"),
+    ),
+    Scenario(
+        scales_searched,
+        nf4_search,
+        ("_search_kernel",),
+        (
+            "nf4_search weighted",
+            "nf4_search weighted, blocks of 32",
+            "nf4_search plain, with codes",
+            "nf4_search levels",
+        ),
     ),
     Scenario(
         borders_of_a_weight,

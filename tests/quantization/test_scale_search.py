@@ -138,7 +138,7 @@ SAMPLES = {
 @functools.cache
 def sample(name):
     torch.manual_seed(0)
-    return SAMPLES[name]().view(1024, 1024)
+    return SAMPLES[name]().view(1024, 1024).to(DEVICE)
 
 
 # against stock blocks of 64, nested: stock blocks of 32, and the search over 0.80 to 1.06 absmax
@@ -225,7 +225,8 @@ def test_the_kernel_finds_what_torch_finds(shape, blocksize, is_weighted, dtype)
         scales.append(absmax)
         errors.append(block_errors(from_codes(codes, absmax, blocksize), weight, blocksize, h))
     # where two scales leave the same error but for rounding, either may be taken
-    assert torch.isclose(*scales, rtol=1e-5).double().mean() > 0.98
+    differing = (~torch.isclose(*scales, rtol=1e-5)).sum()
+    assert differing <= max(1, 0.02 * scales[0].numel())
     # a block that is exact but for a rounding has next to no error to compare
     size = block_errors(torch.zeros_like(weight), weight, blocksize, h)
     assert ((errors[0] - errors[1]).abs() <= 1e-4 * errors[1] + 1e-12 * size).all()

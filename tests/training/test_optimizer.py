@@ -57,6 +57,20 @@ def set_gradients(*lists: Parameters, step: int, without: Sequence[int] = ()) ->
             p.grad = None if index in without else gradient.to(p)
 
 
+def assert_close_if_decayed_late(one: torch.Tensor, other: torch.Tensor, steps: int) -> None:
+    """Tensors of under 4,096 numbers: bitsandbytes' code for a GPU decays after the update.
+
+    torch's AdamW, bitsandbytes on a CPU and ours decay before it. A step's update is about the
+    learning rate a number, so the two part by lr * lr * weight_decay a step.
+    """
+    if DEVICE == "cpu":
+        assert_close([one], [other], 2e-6)
+        return
+    apart = SETTINGS["lr"] ** 2 * SETTINGS["weight_decay"] * steps
+    error = (one - other).double().square().mean().sqrt().item()
+    assert error <= 1.5 * apart + 2e-6 * other.double().square().mean().sqrt().item()
+
+
 def assert_close(ours: Parameters, theirs: Parameters, relative: float) -> None:
     for index, (a, b) in enumerate(zip(ours, theirs, strict=True)):
         assert a.shape == b.shape
@@ -152,7 +166,8 @@ def test_8_bits_of_sizes_that_fill_no_block() -> None:
         set_gradients(ours, theirs, step=step)
         optimizer.step()
         stock.step()
-    assert_close(ours, theirs, 1e-6)
+    assert_close(ours[:3], theirs[:3], 1e-6)
+    assert_close_if_decayed_late(ours[3], theirs[3], steps=8)
     for a, b in zip(ours[:3], theirs[:3], strict=True):
         assert optimizer.state[a]["absmax1"].shape == stock.state[b]["absmax1"].shape
         differing = (optimizer.state[a]["state1"] != stock.state[b]["state1"]).float().mean()
@@ -464,10 +479,9 @@ def test_clipping_is_torchs(max_norm: float) -> None:
             assert max_norm < 1e9 or torch.equal(a.grad, untouched)
     start = ours[0].detach().clone()
     optimizer.step()  # the clipped gradients are those that count
-    assert torch.equal(
-        optimizer.state[ours[0]]["exp_avg"],
-        torch.zeros_like(start).lerp_(ours[0].grad, 1 - SETTINGS["betas"][0]),
-    )
+    moment = torch.zeros_like(start).lerp_(ours[0].grad, 1 - SETTINGS["betas"][0])
+    # a GPU may round once where torch's own operations round twice
+    assert torch.allclose(optimizer.state[ours[0]]["exp_avg"], moment, rtol=3e-7, atol=0)
 
 
 def test_norm_over_groups_and_dtypes() -> None:
@@ -741,7 +755,9 @@ def test_checkpoints_go_from_and_to_the_stock_optimisers(bits: int, to_ours: boo
     train(resumed, second, range(3, 6))
     if bits == 8:
         assert_equal(second[:4], whole[:4])
-    assert_close(second, whole, 2e-6)
+        assert_close_if_decayed_late(second[4], whole[4], steps=6)
+    else:
+        assert_close(second, whole, 2e-6)
 
 
 def test_states_of_another_kind_are_refused_and_change_nothing() -> None:
