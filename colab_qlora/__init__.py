@@ -28,6 +28,7 @@ _EXPORTS = {
     "inspect_environment": "environment",
     "install_missing": "install",
     "plan_memory": "models.memory_planning",
+    "quantization_report": "quantization.report",
     "read_log": "curves.log",
     "restore": "models.fuse",
     "draw_curves": "curves.draw",
@@ -49,6 +50,7 @@ __all__ = [
     "install_missing",
     "learning_rate_sweep",
     "plan_memory",
+    "quantization_report",
     "read_log",
     "restore",
 ]
@@ -66,6 +68,7 @@ if TYPE_CHECKING:
     from colab_qlora.models.describe import describe
     from colab_qlora.models.fuse import restore
     from colab_qlora.models.memory_planning import plan_memory
+    from colab_qlora.quantization.report import quantization_report
     from colab_qlora.training.arguments import SFTConfig
     from colab_qlora.training.early_stopping import EarlyStopping
     from colab_qlora.training.learning_rate_sweep import learning_rate_sweep

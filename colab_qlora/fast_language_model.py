@@ -11,6 +11,7 @@ from colab_qlora.models.adapters import (
     disable_checkpointing,
     set_gradient_checkpointing,
 )
+from colab_qlora.models.dynamic_loading import DEFAULT_BUDGET
 from colab_qlora.models.loading import load_model_and_tokenizer
 from colab_qlora.models.saved_adapter import is_adapter_folder, load_adapter_folder
 from colab_qlora.models.settings import settings_of
@@ -32,6 +33,9 @@ class FastLanguageModel:
         rope_scaling: dict | None = None,
         revision: str | None = None,
         trust_remote_code: bool = False,
+        quantization: str | None = None,
+        quantization_budget: str | float = DEFAULT_BUDGET,
+        calibration_data: Any = None,
         **kwargs: Any,
     ) -> tuple[Any, Any]:
         """Load a causal language model and its tokenizer.
@@ -51,6 +55,14 @@ class FastLanguageModel:
             rope_scaling: stretch the positions, e.g. {"rope_type": "linear", "factor": 2.0}.
             revision: branch, tag or commit of the hub model (of an adapter folder's base model).
             trust_remote_code: run Python code that comes with the model; off unless asked for.
+            quantization: "nf4" (the default with load_in_4bit), or "dynamic": precision where the
+                loss on your rows needs it, block scales that are searched for, and changes of both
+                during training; from a 16-bit checkpoint. `quantization_report(model)` shows it.
+            quantization_budget: with "dynamic": "+0%" to "+300%" of plain NF4's bytes, GiB for all
+                weights, or "auto": what the activation planner leaves of the GPU's memory.
+            calibration_data: with "dynamic": the training rows (the first 16 are used): texts, rows
+                with "text", "messages", "prompt" and "completion" or "instruction" and "output", a
+                Dataset, or the path of a JSON file.
             **kwargs: passed to transformers' from_pretrained.
 
         Returns:
@@ -70,6 +82,9 @@ class FastLanguageModel:
             "rope_scaling": rope_scaling,
             "revision": revision,
             "trust_remote_code": trust_remote_code,
+            "quantization": quantization,
+            "quantization_budget": quantization_budget,
+            "calibration_data": calibration_data,
             **kwargs,
         }
         load_args = (max_seq_length, dtype, load_in_4bit, load_in_8bit)

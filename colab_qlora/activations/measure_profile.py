@@ -251,7 +251,7 @@ def _copy_rates(device: torch.device, dtype: torch.dtype) -> tuple[float, float]
 
 
 def _event_timer(call: Callable[[], Any]) -> float:
-    """Seconds of a call on a GPU that is kept busy, as training keeps it: then its clock is lower."""
+    """Seconds of a call on a GPU kept as busy as training keeps it: its clock is lower then."""
     seconds = _timed(call, 1)
     count = max(RUNS, math.ceil(BUSY_S / max(seconds, 1e-6)))
     return _timed(call, min(count, MOST_RUNS)) / min(count, MOST_RUNS)

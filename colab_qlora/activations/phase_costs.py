@@ -24,7 +24,7 @@ from colab_qlora.activations.scratch_costs import mlp_chunks, scratch_bytes
 from colab_qlora.activations.static_costs import static_bytes
 from colab_qlora.errors import UserError
 from colab_qlora.kernels.attention_backends import MOST_REPEATED_BYTES
-from colab_qlora.kernels.linear_cross_entropy import logits_chunk_rows
+from colab_qlora.kernels.logits_chunk import logits_chunk_rows
 from colab_qlora.layers.saved import checked_plan
 
 # kernels/glu_lora.py on an H100: 2 programs on each of 132 multiprocessors, 128 columns of sums

@@ -44,6 +44,7 @@ KERNEL_MODULES = (
     "nf4_many",
     "nf4_group",
     "nf4_search",
+    "int8_decode",
     "lora_borders",
     "copy_rows",
     "qkv_gradients",

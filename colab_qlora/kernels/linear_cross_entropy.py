@@ -13,7 +13,9 @@ gradient of the rows. Backward has only to multiply and scatter.
 Memory: one chunk of logits (`memory_budget_bytes`) during forward; labelled * width values from
 forward to backward. Stock holds tokens * vocab logits in half precision and in float32, and
 their log_softmax: 2.6 GB for 2,048 tokens of Llama 3, against 0.26 GB + 17 MB here. A head that
-is trained adds vocab * width float32 values (2.1 GB for Llama 3 8B) from forward to backward.
+is trained adds vocab * width float32 values (2.1 GB for Llama 3 8B) from forward to backward. An
+int8 head is never decoded as a whole: a quarter of the budget is for a tile of its rows, and what
+the rows' gradients are added up in is paid from the budget too (`weight_products.py`).
 
 Bytes moved: 5 * vocab values a labelled row, plus W once a chunk and GEMM.
 
@@ -33,6 +35,7 @@ from torch.autograd.function import once_differentiable
 
 from colab_qlora.errors import UserError
 from colab_qlora.kernels.cross_entropy_rows import cross_entropy_rows_, gradient_scale
+from colab_qlora.kernels.int8_decode import Int8Weight
 from colab_qlora.kernels.linear_cross_entropy_inputs import (
     CountedLabels,
     LabelledRows,
@@ -42,18 +45,16 @@ from colab_qlora.kernels.linear_cross_entropy_inputs import (
     loss_divisor,
     loss_dtype,
 )
+from colab_qlora.kernels.logits_chunk import (
+    DEFAULT_MEMORY_BUDGET_BYTES,
+    TILE_SHARE,
+    aligned_vocab,
+    head_chunk_rows,
+)
+from colab_qlora.kernels.weight_products import DenseProducts, Int8Products
 
-# 1,024 rows of Llama 3's 128,256 logits in half precision: few enough bytes for a T4, and enough
-# rows that reading the head (1.05 GB) costs little beside multiplying by it
-DEFAULT_MEMORY_BUDGET_BYTES = 256 * 2**20
-
-# a GEMM works in tiles of 128 or 64 rows, so other counts pay for rows that they do not have
-_ROW_TILES = (128, 64, 16)
+# rows of a float32 product of a trained head at least, as of a chunk of logits
 _MIN_ROWS = 16
-
-# rows of logits start at multiples of 128 bytes in half precision, whatever the vocabulary: a
-# tokenizer with one token added (32,001) would else lose vector loads and the fast GEMMs
-_ROW_ALIGNMENT = 64
 
 
 @dataclass(frozen=True)
@@ -94,39 +95,9 @@ class _Sums:
     bias: torch.Tensor | None
 
 
-def logits_chunk_rows(vocab: int, itemsize: int, memory_budget_bytes: int | None = None) -> int:
-    """How many rows of logits are held at once.
-
-    Args:
-        vocab: logits a row, 1 or more.
-        itemsize: bytes of a logit: 2 in half precision, 4 in float32.
-        memory_budget_bytes: for the chunk of logits; None for 256 MiB.
-
-    Returns:
-        A multiple of 128, 64 or 16, the first that fits; 16 where even that exceeds the budget.
-
-    Raises:
-        ValueError: a budget that is not positive.
-
-    Example:
-        >>> logits_chunk_rows(128_256, 2)
-        1024
-    """
-    budget = DEFAULT_MEMORY_BUDGET_BYTES if memory_budget_bytes is None else memory_budget_bytes
-    if budget <= 0:
-        raise UserError("memory_budget_bytes is not positive", got=budget, allowed="1 or more")
-    rows = int(budget) // (_aligned(vocab) * itemsize)
-    tile = next((tile for tile in _ROW_TILES if rows >= tile), _MIN_ROWS)
-    return max(_MIN_ROWS, rows // tile * tile)
-
-
-def _aligned(vocab: int) -> int:
-    return -(-vocab // _ROW_ALIGNMENT) * _ROW_ALIGNMENT
-
-
 def _run_head(
     hidden: torch.Tensor,
-    weight: torch.Tensor,
+    weight: torch.Tensor | Int8Weight,
     bias: torch.Tensor | None,
     labelled: LabelledRows,
     settings: _Settings,
@@ -136,15 +107,17 @@ def _run_head(
     count, step, index = labelled.targets.numel(), settings.chunk_rows, labelled.index
     sums = _empty_sums(hidden, vocab, count, settings.needs)
     all_rows = hidden.reshape(-1, width)
-    buffer = hidden.new_empty(min(step, count), _aligned(vocab))[:, :vocab]
+    head: DenseProducts | Int8Products
+    if isinstance(weight, torch.Tensor):
+        head = DenseProducts(weight)
+    else:
+        head = Int8Products(weight, hidden.dtype, settings.memory_budget_bytes // TILE_SHARE)
+    buffer = hidden.new_empty(min(step, count), aligned_vocab(vocab))[:, :vocab]
     for start in range(0, count, step):
         part = slice(start, min(start + step, count))
         rows = all_rows[part] if index is None else all_rows.index_select(0, index[part])
         logits = buffer[: rows.shape[0]]
-        if bias is None:
-            torch.mm(rows, weight.T, out=logits)
-        else:
-            torch.addmm(bias, rows, weight.T, out=logits)
+        head.products_(rows, bias, logits)
         cross_entropy_rows_(
             logits,
             labelled.targets[part],
@@ -154,7 +127,7 @@ def _run_head(
             writes_gradient=any(settings.needs),
         )
         if sums.rows is not None:
-            torch.mm(logits, weight, out=sums.rows[part])
+            head.input_gradient_(logits, sums.rows[part])
         if sums.weight is not None:
             _add_product_(sums.weight, logits, rows, settings.memory_budget_bytes)
         if sums.bias is not None:
@@ -201,7 +174,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
     def forward(
         ctx: Any,
         hidden: torch.Tensor,
-        weight: torch.Tensor,
+        weight: torch.Tensor | Int8Weight,
         bias: torch.Tensor | None,
         labelled: LabelledRows,
         divisor: float | torch.Tensor,
@@ -243,7 +216,7 @@ def _scattered(rows: torch.Tensor, index: torch.Tensor | None, shape: torch.Size
 
 def linear_cross_entropy(
     hidden: torch.Tensor,
-    weight: torch.Tensor,
+    weight: torch.Tensor | Int8Weight,
     labels: torch.Tensor | CountedLabels,
     *,
     bias: torch.Tensor | None = None,
@@ -263,7 +236,8 @@ def linear_cross_entropy(
 
     Args:
         hidden: float16, bfloat16, float32 or float64, shape (..., tokens, width).
-        weight: the head, hidden's dtype and device, shape (vocab, width).
+        weight: the head, hidden's dtype and device, shape (vocab, width); or codes and scales of
+            an int8 head on that device, which get no gradient.
         labels: integers, shape (..., tokens), on any device: tokens in [0, vocab), or ignore_index;
             or what `count_labels` made of them with the same ignore_index and shift.
         bias: hidden's dtype and device, shape (vocab,).
@@ -274,7 +248,8 @@ def linear_cross_entropy(
             Pass 1 for the sum. On a GPU it is not looked at, so there a 0 gives an infinite loss.
         softcap: bound the logits to (-softcap, softcap) by a tanh, as Gemma 2 does.
         logit_scale: multiplies the logits first (Cohere's logit_scale, 1 / Granite's scaling).
-        memory_budget_bytes: for the chunk of logits; None for 256 MiB. At least 16 rows are held.
+        memory_budget_bytes: for the chunk of logits, and the decoded tile of an int8 head; None
+            for 256 MiB. At least 16 rows of logits are held, and 64 of the head.
 
     Returns:
         0-dim, float32, or float64 for float64 inputs.
@@ -293,11 +268,11 @@ def linear_cross_entropy(
     settings = _Settings(
         softcap=softcap,
         logit_scale=logit_scale,
-        chunk_rows=logits_chunk_rows(vocab, hidden.itemsize, memory_budget_bytes),
+        chunk_rows=head_chunk_rows(weight, hidden.itemsize, memory_budget_bytes),
         memory_budget_bytes=memory_budget_bytes or DEFAULT_MEMORY_BUDGET_BYTES,
         needs=(
             tracks and hidden.requires_grad,
-            tracks and weight.requires_grad,
+            tracks and isinstance(weight, torch.Tensor) and weight.requires_grad,
             tracks and bias is not None and bias.requires_grad,
         ),
     )

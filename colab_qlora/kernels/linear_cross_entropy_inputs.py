@@ -13,6 +13,7 @@ from dataclasses import dataclass
 import torch
 
 from colab_qlora.errors import UserError
+from colab_qlora.kernels.int8_decode import Int8Weight
 from colab_qlora.kernels.label_count import label_count
 
 _FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
@@ -34,7 +35,7 @@ class LabelledRows:
 
 def check_tensors(
     hidden: torch.Tensor,
-    weight: torch.Tensor,
+    weight: torch.Tensor | Int8Weight,
     labels: torch.Tensor,
     bias: torch.Tensor | None,
 ) -> None:
@@ -46,7 +47,7 @@ def check_tensors(
             allowed="float16, bfloat16, float32 or float64, shape (..., tokens, width)",
         )
     width = hidden.shape[-1]
-    if weight.ndim != 2 or weight.shape[1] != width or not weight.shape[0]:
+    if len(weight.shape) != 2 or weight.shape[1] != width or not weight.shape[0]:
         raise UserError(
             "weight does not fit hidden",
             got=f"shape {tuple(weight.shape)}",
@@ -58,7 +59,13 @@ def check_tensors(
             got=f"shape {tuple(bias.shape)}",
             allowed=f"({weight.shape[0]},)",
         )
-    for name, tensor in (("weight", weight), ("bias", bias)):
+    # int8 codes are decoded to hidden's dtype
+    codes = weight.codes if isinstance(weight, Int8Weight) else None
+    if codes is not None and codes.device != hidden.device:
+        got = f"codes on {codes.device}"
+        raise UserError("weight and hidden differ in device", got=got, allowed=hidden.device)
+    dense = None if isinstance(weight, Int8Weight) else weight
+    for name, tensor in (("weight", dense), ("bias", bias)):
         if tensor is not None and (tensor.dtype, tensor.device) != (hidden.dtype, hidden.device):
             raise UserError(
                 f"{name} and hidden differ in dtype or device",

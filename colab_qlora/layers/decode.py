@@ -12,6 +12,7 @@ from typing import Any, NamedTuple
 
 import torch
 
+from colab_qlora.kernels.int8_decode import int8_decode_
 from colab_qlora.kernels.launch import Launch
 from colab_qlora.kernels.lora_borders import Border, lora_borders_
 from colab_qlora.kernels.nf4_group import nf4_group_
@@ -49,21 +50,28 @@ def decode_weights(
 ) -> tuple[Launch, ...] | None:
     """Fill each of `outs` (out_features, in_features; any row stride) with a part's base weight.
 
-    Weights in NF4 are decoded together where they can be: see `kernels/nf4_many.py`.
+    Weights in NF4 are decoded together where they can be: see `kernels/nf4_many.py`. One in int8
+    takes a launch of its own.
 
     Returns:
         Launches that do the same again as long as nothing moves; None if there are no such.
     """
     nf4 = [(part, out) for part, out in zip(parts, outs, strict=True) if part.kind == "nf4"]
-    launches = nf4_dequantize_many([part.weight for part, _ in nf4], [out for _, out in nf4])
+    nf4_launches = nf4_dequantize_many([part.weight for part, _ in nf4], [out for _, out in nf4])
+    launches: list[Launch | None] = [None] if nf4_launches is None else [*nf4_launches]
     for part, out in zip(parts, outs, strict=True):
-        if part.kind == "fp4":
+        if part.kind == "int8":
+            launches.append(int8_decode_(part.weight, out))
+        elif part.kind == "fp4":
             bitsandbytes = sys.modules["bitsandbytes"]
             state = part.weight.quant_state
             out.copy_(bitsandbytes.functional.dequantize_4bit(part.weight.data, state))
+            launches.append(None)
         elif part.kind == "dense":
             out.copy_(part.weight.detach())
-    return launches if len(nf4) == len(parts) else None
+            launches.append(None)
+    ready = tuple(launch for launch in launches if launch is not None)
+    return ready if len(ready) == len(launches) else None
 
 
 class GroupDecoder:

@@ -13,8 +13,9 @@ from typing import Any, Literal
 import torch
 
 from colab_qlora.layers.watch import Watch
+from colab_qlora.quantization.int8_modules import Int8Linear
 
-Kind = Literal["nf4", "fp4", "dense", "module"]
+Kind = Literal["nf4", "fp4", "int8", "dense", "module"]
 
 
 @dataclass(frozen=True)
@@ -42,9 +43,9 @@ class LinearPart:
     """One linear of a group, as this pass has to compute it.
 
     Attributes:
-        kind: "nf4" and "fp4" are decoded, "dense" is copied beside the LoRA columns, "module" is
-            called as it is and differentiated by autograd.
-        weight: (out_features, in_features), packed for the 4-bit kinds.
+        kind: "nf4", "fp4" and "int8" are decoded, "dense" is copied beside the LoRA columns,
+            "module" is called as it is and differentiated by autograd.
+        weight: (out_features, in_features), packed for the 4-bit kinds, an `Int8Weight` for int8.
         blocks: the active adapters; empty for a "module".
         module: what the model calls.
         reason: why it is a "module"; empty otherwise.
@@ -66,7 +67,10 @@ class LinearPart:
         return sum(block.rank for block in self.blocks)
 
     def addresses(self) -> tuple[int, ...]:
-        """Where the weight and, of a 4-bit one, everything that decodes it stand."""
+        """Where the weight and, of a quantised one, everything that decodes it stand."""
+        if self.kind == "int8":
+            int8: tuple[int, ...] = self.weight.addresses()
+            return int8
         state = getattr(self.weight, "quant_state", None)
         if state is None:
             return (self.weight.data_ptr(),)
@@ -104,7 +108,7 @@ def read_linear(name: str, module: torch.nn.Module) -> LinearPart:
         kind="module" if reason else kind,
         out_features=out_features,
         in_features=in_features,
-        weight=getattr(base, "weight", None),
+        weight=base.int8_weight() if kind == "int8" else getattr(base, "weight", None),
         bias=getattr(base, "bias", None),
         module=module,
         blocks=() if reason else blocks,
@@ -127,6 +131,8 @@ def watch_linear(module: torch.nn.Module, watch: Watch) -> None:
         watch.attribute(weight, "quant_state")
         if weight.quant_state is not None:
             watch.attribute(weight.quant_state, "packing_format_for_cpu", "quant_type")
+    if "SCB" in base.__dict__["_buffers"]:
+        watch.tensor(watch.item(base.__dict__["_buffers"], "SCB"))
     if "lora_A" not in inside:
         return
     peft: Any = module
@@ -167,6 +173,8 @@ def _base_kind(base: Any) -> tuple[Kind, str]:
         if base.weight.requires_grad:
             return "module", "its base weight trains"
         return "dense", ""
+    if type(base) is Int8Linear:
+        return "int8", ""
     state = getattr(getattr(base, "weight", None), "quant_state", None)
     bitsandbytes = sys.modules.get("bitsandbytes")  # imported by whoever made such a layer
     if state is not None and bitsandbytes and type(base) is bitsandbytes.nn.Linear4bit:

@@ -17,6 +17,7 @@ from colab_qlora.models.fuse import fuse, fused_layers
 from colab_qlora.models.quiet_import import without_rename_warnings
 from colab_qlora.models.settings import ATTRIBUTE, CHECKPOINTING_MODES, ModelSettings, settings_of
 from colab_qlora.models.smart import plan_batches, stop_planning
+from colab_qlora.quantization.map_file import save_map_with_adapters
 
 DEFAULT_TARGETS = (
     "q_proj",
@@ -51,6 +52,7 @@ def attach_lora(
     _check_numbers(r, lora_dropout, bias)
     targets = _check_targets(model, target_modules)
     _check_names(lora_options)
+    _check_saved_modules(model, lora_options.get("modules_to_save"))
     config = LoraConfig(
         r=r,
         lora_alpha=lora_alpha,  # type: ignore[arg-type]  # PEFT takes fractions too
@@ -61,6 +63,7 @@ def attach_lora(
         **lora_options,
     )
     adapted = _with_adapters(model, config, random_state)
+    save_map_with_adapters(adapted)
     if use_fused_layers:
         fuse(adapted)
     set_gradient_checkpointing(
@@ -137,6 +140,20 @@ def _check_targets(model: Any, wanted: Sequence[str] | str | None) -> list[str] 
             do="Choose from these, or pass target_modules='all-linear'",
         )
     return list(wanted)
+
+
+def _check_saved_modules(model: Any, wanted: Sequence[str] | str | None) -> None:
+    """Modules that PEFT is to train whole cannot be held in few bits."""
+    names = [wanted] if isinstance(wanted, str) else list(wanted or ())
+    for full, module in model.named_modules():
+        if any(full == name or full.endswith("." + name) for name in names) and hasattr(
+            module, "SCB"
+        ):
+            raise UserError(
+                "a module of modules_to_save is held in 8 bits, which cannot be trained",
+                got=full,
+                do='Load the model with quantization="nf4", which leaves embedding and head in 16',
+            )
 
 
 def _matches(name: str, present: Iterable[str]) -> bool:

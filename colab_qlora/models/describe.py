@@ -11,6 +11,7 @@ from colab_qlora.models.fuse import causal_model, state_of
 from colab_qlora.models.fused_head import is_fused_head, why_head_not_fusable
 from colab_qlora.models.fused_layer import is_fused
 from colab_qlora.models.fused_norm import is_fused_norm
+from colab_qlora.quantization.int8_modules import Int8Embedding, Int8Linear
 
 
 @dataclass(frozen=True)
@@ -66,9 +67,8 @@ def describe(model: Any) -> Description:
     """
     causal = causal_model(model)
     state = state_of(model)
-    trunk = getattr(causal, "model", None)
     lines: Counter[tuple[str, str, str, str]] = Counter()
-    for layer in list(getattr(trunk, "layers", None) or []):
+    for layer in _layers_of(causal):
         for line in _layer_lines(layer):
             lines[line] += 1
     swaps = [Swap(name, count, *rest) for (name, *rest), count in lines.items()]
@@ -77,6 +77,7 @@ def describe(model: Any) -> Description:
         Swap("norms", count, kind, "fused norm", "one kernel forward, one backward")
         for kind, count in norms.items()
     ]
+    swaps += _int8_lines(causal)
     swaps.append(_head_line(causal))
     return Description(tuple(swaps), dict(state.stock_passes) if state else {})
 
@@ -104,6 +105,27 @@ def _layer_lines(layer: Any) -> list[tuple[str, str, str, str]]:
 
 def _owner(group: str) -> str:
     return "self_attn" if group in ("qkv", "o") else "mlp"
+
+
+def _int8_lines(causal: Any) -> list[Swap]:
+    """The int8 modules outside of the decoder layers: a table, a head."""
+    layers = {id(m) for layer in _layers_of(causal) for m in layer.modules()}
+    found = []
+    for name, module in causal.named_modules():
+        if id(module) in layers or not isinstance(module, Int8Linear | Int8Embedding):
+            continue
+        if isinstance(module, Int8Embedding):
+            now, reason = "called as it is", "int8 table, one float32 scale a row"
+        elif type(module) is Int8Linear and name == "lm_head" and is_fused_head(causal):
+            now, reason = "in the fused loss", "int8 weight, decoded a tile at a time"
+        else:
+            now, reason = "called as it is", "int8 weight, decoded for each call"
+        found.append(Swap(name, 1, type(module).__name__, now, reason))
+    return found
+
+
+def _layers_of(causal: Any) -> list[Any]:
+    return list(getattr(getattr(causal, "model", None), "layers", None) or [])
 
 
 def _head_line(causal: Any) -> Swap:

@@ -7,6 +7,8 @@ PEFT and the trainer see the same model.
 
 from __future__ import annotations
 
+import contextlib
+from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -32,11 +34,12 @@ def state_of(model: Any) -> FusedState | None:
     return fused_state(causal_model(model))
 
 
-def fuse(model: Any) -> FusedState:
+def fuse(model: Any, state: FusedState | None = None) -> FusedState:
     """Swap what can be swapped, in place; a second call changes nothing.
 
     Args:
         model: a transformers causal language model, or a PEFT model around one.
+        state: what the model had before it was restored, to go on with; None: a new one.
 
     Returns:
         The settings and scratch memory that the fused parts share.
@@ -45,7 +48,7 @@ def fuse(model: Any) -> FusedState:
     have = fused_state(causal)
     if have is not None:
         return have
-    state = FusedState()
+    state = FusedState() if state is None else state
     causal.__dict__[ATTRIBUTE] = state
     trunk = getattr(causal, "model", None)
     stock: Any
@@ -91,6 +94,25 @@ def restore(model: Any) -> Any:
         causal.__class__ = stock_class(type(causal))
     state.scratch.free()
     return model
+
+
+@contextlib.contextmanager
+def unfused(model: Any) -> Iterator[None]:
+    """In here the model runs its own code and calls each of its modules, as hooks need it.
+
+    Settings and plans are the same afterwards; scratch memory is free, and nothing is kept that
+    was read of the model, whose weights may be replaced now.
+    """
+    state = state_of(model)
+    if state is None:
+        yield
+        return
+    restore(model)
+    state.forget()
+    try:
+        yield
+    finally:
+        fuse(model, state)
 
 
 def fused_layers(model: Any) -> list[torch.nn.Module]:

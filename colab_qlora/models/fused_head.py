@@ -14,11 +14,13 @@ from typing import Any
 import torch
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
+from colab_qlora.kernels.int8_decode import Int8Weight
 from colab_qlora.kernels.linear_cross_entropy import linear_cross_entropy
 from colab_qlora.kernels.linear_cross_entropy_inputs import count_labels
 from colab_qlora.models.fused_class import reduce_by, stock_class
 from colab_qlora.models.fused_state import fused_state
 from colab_qlora.models.key_value_cache import cache_field
+from colab_qlora.quantization.int8_modules import Int8Linear
 
 # models whose logits are lm_head(hidden), and what else is done to them: (scale, softcap) by config
 _PLAIN = ("Llama", "Mistral", "Qwen2", "Qwen3", "SmolLM3", "Phi3", "Gemma", "Olmo2")
@@ -76,13 +78,14 @@ def _forward(self: Any, *args: Any, **kwargs: Any) -> Any:
     counted = count_labels(labels if shift else shift_labels, shift=shift)
     outputs = self.model(**kwargs)
     scale, softcap = _LOGITS[type(self).__name__](self.config)
-    head, state = self.lm_head, fused_state(self)
-    with torch.autocast(head.weight.device.type, enabled=False):
+    state = fused_state(self)
+    weight, bias, dtype = _head_parts(self.lm_head)
+    with torch.autocast(weight.device.type, enabled=False):
         loss = linear_cross_entropy(
-            outputs.last_hidden_state.to(head.weight.dtype),
-            head.weight,
+            outputs.last_hidden_state.to(dtype),
+            weight,
             counted,
-            bias=head.bias,
+            bias=bias,
             shift=shift,
             num_items_in_batch=items,
             softcap=softcap,
@@ -98,6 +101,16 @@ def _forward(self: Any, *args: Any, **kwargs: Any) -> Any:
         attentions=outputs.attentions,
     )
     return result.to_tuple() if return_dict is False else result
+
+
+def _head_parts(
+    head: Any,
+) -> tuple[torch.Tensor | Int8Weight, torch.Tensor | None, torch.dtype]:
+    """Weight, bias and the dtype that the loss computes in."""
+    if type(head) is not Int8Linear:
+        return head.weight, head.bias, head.weight.dtype
+    dtype = head.compute_dtype
+    return head.int8_weight(), None if head.bias is None else head.bias.to(dtype), dtype
 
 
 def _own_class(self: Any) -> Any:
@@ -128,7 +141,7 @@ def _why_stock_loss(self: Any, kwargs: dict[str, Any]) -> str:
     if "_loss_function" in self.__dict__:
         return "the model has a loss function of its own"
     head = self.lm_head
-    if type(head) is not torch.nn.Linear:
+    if type(head) not in (torch.nn.Linear, Int8Linear):
         return f"the head is a {type(head).__name__}"
     if head._forward_hooks or head._forward_pre_hooks or "forward" in head.__dict__:
         return "the head has hooks"

@@ -185,6 +185,11 @@ class FusedState:
             self._shape_key, self._mask = key, mask
         return self.last_shape
 
+    def forget(self) -> None:
+        """Let go of all that was read of the model, so that a replaced weight is freed at once."""
+        self.new_batch()
+        self._readings.clear()
+
     def new_batch(self) -> None:
         """Let the last batch's shape and masks go."""
         self.last_shape, self._shape_key, self._mask = None, None, None

@@ -12,10 +12,17 @@ from typing import Any
 
 from colab_qlora.dtypes import resolve_dtype
 from colab_qlora.errors import UserError
+from colab_qlora.models.dynamic_loading import (
+    DEFAULT_BUDGET,
+    dynamic_request,
+    make_dynamic,
+    refuse_quantised,
+)
 from colab_qlora.models.embedded import EMBEDDED_NAME, FOLDER_NAME, embedded_model_path
 from colab_qlora.models.quiet_import import import_bitsandbytes
 from colab_qlora.models.readable_errors import readable_errors
 from colab_qlora.models.settings import ATTRIBUTE, ModelSettings
+from colab_qlora.quantization.map_file import RecordedMap
 
 # 4-bit already (5.7 GB to download), 8 billion parameters, and no token needed
 DEFAULT_GPU_MODEL = "unsloth/llama-3-8b-Instruct-bnb-4bit"
@@ -40,6 +47,10 @@ def load_model_and_tokenizer(
     rope_scaling: dict | None = None,
     revision: str | None = None,
     trust_remote_code: bool = False,
+    quantization: str | None = None,
+    quantization_budget: str | float = DEFAULT_BUDGET,
+    calibration_data: Any = None,
+    recorded_map: RecordedMap | None = None,
     **kwargs: Any,
 ) -> tuple[Any, Any]:
     """Load model and tokenizer; see `FastLanguageModel.from_pretrained` for the arguments."""
@@ -50,22 +61,36 @@ def load_model_and_tokenizer(
     name = model_name or default_model_name()
     _check_length(max_seq_length)
     _check_bits(load_in_4bit, load_in_8bit)
+    dynamic = dynamic_request(
+        quantization,
+        quantization_budget,
+        calibration_data,
+        load_in_4bit=load_in_4bit,
+        recorded=recorded_map,
+    )
     device = "cuda" if torch.cuda.is_available() else "cpu"
     compute_dtype, note = resolve_dtype(dtype, device)
-    source = _locate(name)
+    source = locate_checkpoint(name)
     hub = {"token": token, "revision": revision, "trust_remote_code": trust_remote_code}
     config = _load_config(source, name, hub)
     _apply_rope_scaling(config, rope_scaling)
     _check_positions(config, max_seq_length)
-    quantization = _quantization(config, compute_dtype, load_in_4bit, load_in_8bit)
+    if dynamic is not None:
+        refuse_quantised(config)
+    bits = _quantization(config, compute_dtype, load_in_4bit, load_in_8bit)
     with readable_errors(name):
         model = _load_model(
-            source, device_map, quantization, config=config, dtype=compute_dtype, **hub, **kwargs
+            source, device_map, bits, config=config, dtype=compute_dtype, **hub, **kwargs
         )
         tokenizer = AutoTokenizer.from_pretrained(source, **hub)
     _prepare_tokenizer(tokenizer, model, max_seq_length)
     keep_weights_in_place(model)
     _attach_settings(model, name, max_seq_length, compute_dtype, note)
+    if dynamic is not None:
+        make_dynamic(
+            model, tokenizer, dynamic, source, name, max_seq_length, compute_dtype,
+            token=token, revision=revision,
+        )  # fmt: skip
     return model, tokenizer
 
 
@@ -82,7 +107,7 @@ def load_tokenizer(model_name: str | None = None, **hub: Any) -> Any:
     from transformers import AutoTokenizer
 
     name = model_name or default_model_name()
-    source = _locate(name)
+    source = locate_checkpoint(name)
     with readable_errors(name):
         return AutoTokenizer.from_pretrained(source, **hub)
 
@@ -110,7 +135,7 @@ def _check_bits(load_in_4bit: bool, load_in_8bit: bool) -> None:
         )
 
 
-def _locate(name: str) -> str:
+def locate_checkpoint(name: str) -> str:
     """The embedded model's folder, a local folder that was checked, or a hub id as it is."""
     path = Path(name).expanduser()
     if name == EMBEDDED_NAME or (path.name == FOLDER_NAME and not path.exists()):

@@ -12,6 +12,7 @@ from colab_qlora.models.fuse import fuse
 from colab_qlora.models.loading import load_model_and_tokenizer
 from colab_qlora.models.quiet_import import import_bitsandbytes, without_rename_warnings
 from colab_qlora.models.readable_errors import readable_errors
+from colab_qlora.quantization.map_file import read_map, save_map_with_adapters
 
 
 def is_adapter_folder(name: str) -> bool:
@@ -49,9 +50,12 @@ def load_adapter_folder(name: str, *load_args: Any, **options: Any) -> tuple[Any
     base = config.get("base_model_name_or_path")
     if not base:
         raise UserError(f"{folder}/adapter_config.json names no base model", got=repr(base))
+    # trained over these errors of its base, so it gets them again
+    options.setdefault("recorded_map", read_map(folder))
     model, tokenizer = load_model_and_tokenizer(base, *load_args, **options)
     with without_rename_warnings(), readable_errors(str(folder)):
         model = PeftModel.from_pretrained(model, str(folder), is_trainable=True)
+    save_map_with_adapters(model)
     fuse(model)
     set_gradient_checkpointing(model, "smart")
     if (folder / "tokenizer_config.json").is_file():

@@ -166,5 +166,7 @@ def _dropout(module: Any) -> float:
 
 def _hidden_dtype(causal: Any) -> torch.dtype:
     """The residual stream's dtype: that of the embedding."""
-    dtype: torch.dtype = causal.get_input_embeddings().weight.dtype
+    table = causal.get_input_embeddings()
+    # a table of 8 bits says what it is decoded to
+    dtype: torch.dtype = getattr(table, "compute_dtype", table.weight.dtype)
     return dtype

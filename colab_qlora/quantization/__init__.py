@@ -5,6 +5,7 @@ activation_statistics.py  what the inputs of each linear look like on the user's
 prices.py                 what each precision of each module costs in loss
 ladder.py                 which precision each module gets, under the cap
 int8_weight.py            weights of 8 bits, one scale a row
+int8_modules.py           linears and embeddings that hold such weights
 scale_search.py           NF4 whose block scales are searched for; scale_search_reference.py
 nf4_format.py             codes and scales as a 4-bit weight of bitsandbytes
 """

@@ -55,9 +55,12 @@ def weight_items(model: Any) -> list[WeightItem]:
     for full_name, module in model.named_modules():
         if not isinstance(module, (torch.nn.Linear, torch.nn.Embedding)):
             continue
-        if any(part.startswith("lora_") for part in full_name.split(".")):
+        parts = full_name.split(".")
+        # copies that PEFT trains whole are adapters too
+        if "modules_to_save" in parts or any(part.startswith("lora_") for part in parts):
             continue
-        name = full_name.removeprefix("base_model.model.").removesuffix(".base_layer")
+        name = full_name.removeprefix("base_model.model.")
+        name = name.removesuffix(".base_layer").removesuffix(".original_module")
         # named_modules names each module once, and tied modules share the parameter
         found.setdefault(id(module.weight), (name, []))[1].append(module)
     return [WeightItem(name, tuple(modules)) for name, modules in found.values()]

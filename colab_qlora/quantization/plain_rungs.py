@@ -9,6 +9,7 @@ import torch
 
 from colab_qlora.quantization.activation_statistics import WeightItem
 from colab_qlora.quantization.budget import BLOCK_SIZES, INT8, RUNGS, SIXTEEN_BIT
+from colab_qlora.quantization.int8_modules import Int8Embedding
 from colab_qlora.quantization.int8_weight import decode_int8, encode_int8
 
 # (weight, rung, E[x_j^2] or None) -> the weight as that rung would have it
@@ -41,6 +42,19 @@ def rungs_of(model: Any, item: WeightItem) -> tuple[str, ...]:
     """The rungs that a weight may stand on: embedding and head int8 and 16 bit, others all."""
     get_head = getattr(model, "get_output_embeddings", None)
     head = get_head() if get_head else None
+    # PEFT's `modules_to_save` wraps it
+    head = getattr(head, "original_module", head)
+    if any(_is_special(module) for module in item.modules):
+        return (SIXTEEN_BIT,)
     if item.is_table or any(module is head for module in item.modules):
         return (INT8, SIXTEEN_BIT)
     return RUNGS
+
+
+def _is_special(module: torch.nn.Module) -> bool:
+    """An embedding that does more than look rows up (Gemma's scales them) keeps its own code."""
+    is_table = isinstance(module, torch.nn.Embedding)
+    return is_table and type(module).forward not in _PLAIN_TABLES
+
+
+_PLAIN_TABLES = (torch.nn.Embedding.forward, Int8Embedding.forward)

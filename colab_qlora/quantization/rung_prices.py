@@ -74,6 +74,20 @@ class RungPrice:
 Prices = dict[str, dict[str, RungPrice]]
 
 
+def _options(shape: tuple[int, int], prices: dict[str, RungPrice]) -> tuple[Option, ...]:
+    """From the fewest bytes to the most, each as cheap as those before it.
+
+    More bytes are never dearer but by the noise of a few micro-batches, which would have a weight
+    change its rung for nothing.
+    """
+    found: list[Option] = []
+    for rung in sorted(prices, key=lambda rung: rung_bytes(shape, rung)):
+        price = prices[rung].price
+        least = min(price, found[-1].price) if found else price
+        found.append(Option(rung, rung_bytes(shape, rung), least, prices[rung].output_error))
+    return tuple(found)
+
+
 def ladder_items(model: Any, prices: Prices) -> list[LadderItem]:
     """What `ladder.choose_rungs` chooses from: bytes of each rung and its price."""
     items = []
@@ -87,10 +101,7 @@ def ladder_items(model: Any, prices: Prices) -> list[LadderItem]:
             if table
             else (first.out_features, first.in_features)
         )
-        options = tuple(
-            Option(rung, rung_bytes(shape, rung), price.price, price.output_error)
-            for rung, price in prices[item.name].items()
-        )
+        options = _options(shape, prices[item.name])
         is_plain_nf4 = NF4_64 in prices[item.name]
         items.append(LadderItem(item.name, options, NF4_64 if is_plain_nf4 else SIXTEEN_BIT))
     return items

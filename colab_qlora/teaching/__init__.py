@@ -22,6 +22,7 @@ _EXPORTS = {
     "StartingValue": "hyperparameters",
     "T4_LIMIT_GIB": "memory",
     "WeightPair": "nf4",
+    "answer_loss": "losses",
     "check_guess": "guessing",
     "describe_lora_shapes": "lora_picture",
     "describe_memory": "memory_picture",
@@ -58,6 +59,7 @@ __all__ = [
     "MemoryPart",
     "StartingValue",
     "WeightPair",
+    "answer_loss",
     "check_guess",
     "describe_lora_shapes",
     "describe_memory",
@@ -96,6 +98,7 @@ if TYPE_CHECKING:
     )
     from colab_qlora.teaching.lora import LoraRow, format_lora_table, lora_table
     from colab_qlora.teaching.lora_picture import describe_lora_shapes, draw_lora_shapes
+    from colab_qlora.teaching.losses import answer_loss
     from colab_qlora.teaching.memory import T4_LIMIT_GIB, MemoryPart, memory_parts, weight_parts
     from colab_qlora.teaching.memory_picture import describe_memory, draw_memory
     from colab_qlora.teaching.nf4 import (

@@ -76,9 +76,18 @@ class LossLogCallback(TrainerCallback):
         if tokens is not None:
             self._counter = int(tokens)
             record["tokens"] = self._counter - self._counter_before + self._tokens_before
-        record["seconds"] = round(self._seconds_before + time.monotonic() - self._began, 3)
+        record["seconds"] = self._seconds()
         record["peak_memory_gib"] = round(peak_memory_gib(), 3)
         self.log.append(record)
+
+    def note_event(self, step: int, text: str) -> None:
+        """Have the plot mark a step with a text; outside of a training nothing happens."""
+        if self.log is not None and self._is_open:
+            # a resumed run counts its seconds from the last record, of whatever kind
+            self.log.append({"step": step, "event": text, "seconds": self._seconds()})
+
+    def _seconds(self) -> float:
+        return round(self._seconds_before + time.monotonic() - self._began, 3)
 
     def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         self.close()

@@ -21,6 +21,8 @@ from transformers.utils.notebook import NotebookProgressCallback
 from colab_qlora.errors import UserError
 from colab_qlora.models.fuse import state_of
 from colab_qlora.models.smart import runtime_of
+from colab_qlora.quantization.remaking import follow_map
+from colab_qlora.quantization.schedule import ScheduleSettings
 from colab_qlora.training.adapter_dtype import adapters_kept, adapters_to_float32
 from colab_qlora.training.adapter_state import adapter_name, adapter_tensors, is_finite
 from colab_qlora.training.arguments import TRAINER_ARGUMENTS, fit_arguments
@@ -32,6 +34,7 @@ from colab_qlora.training.failures import is_disk_full, is_out_of_memory
 from colab_qlora.training.fused_trainer import FusedTrainer
 from colab_qlora.training.live_callbacks import LossPlot, readers_for
 from colab_qlora.training.log_reader import LogReader
+from colab_qlora.training.quantization_schedule import QuantizationSchedule, schedules_for
 from colab_qlora.training.resume import (
     check_checkpoint,
     last_complete_checkpoint,
@@ -64,6 +67,9 @@ class SFTTrainer(FusedTrainer):
         early_stopping: True, or an `EarlyStopping`: stop when the eval loss has turned, and keep
             the best adapter. Needs an eval_dataset and an eval_strategy.
         stop_on_non_finite: stop when the loss is nan or inf, and give the last good adapter back.
+        quantization_schedule: whether weights of a model with quantization="dynamic" change their
+            precision during the training, under the same cap; True, False or a `ScheduleSettings`.
+            None: True for such a model.
 
     Raises:
         UserError: no rows, no labels left after truncation, an output folder that cannot be
@@ -83,6 +89,7 @@ class SFTTrainer(FusedTrainer):
         live_plot: bool | LossPlot | None = None,
         early_stopping: bool | EarlyStopping = False,
         stop_on_non_finite: bool = True,
+        quantization_schedule: bool | ScheduleSettings | None = None,
         **kwargs: Any,
     ) -> None:
         self.notes = []
@@ -120,7 +127,8 @@ class SFTTrainer(FusedTrainer):
             self.accelerator.scaler = torch.amp.GradScaler("cuda", init_scale=INITIAL_LOSS_SCALE)
         self._report_in_one_way()
         given = self.callback_handler.callbacks
-        for reader in readers_for(given, live_plot, early_stopping, stop_on_non_finite):
+        readers = readers_for(given, live_plot, early_stopping, stop_on_non_finite)
+        for reader in [*readers, *schedules_for(self, quantization_schedule)]:
             self.add_callback(reader)
 
     def _check_rows(
@@ -138,6 +146,18 @@ class SFTTrainer(FusedTrainer):
         self._loss_log = LossLogCallback(run_settings(self))
         # before the callbacks that read it, of which the user may have passed some
         self.callback_handler.callbacks.insert(0, self._loss_log)
+
+    def training_step(self, model: Any, inputs: dict[str, Any], *args: Any, **kwargs: Any) -> Any:
+        """As `FusedTrainer`; a schedule of precision keeps the micro-batch to measure on."""
+        for reader in self._readers():
+            if isinstance(reader, QuantizationSchedule):
+                reader.keep(inputs)
+        return super().training_step(model, inputs, *args, **kwargs)
+
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
+        # the adapter was trained over a base of these precisions
+        follow_map(self.model, resume_from_checkpoint, self._say)
+        super()._load_from_checkpoint(resume_from_checkpoint, model)
 
     def _readers(self) -> list[LogReader]:
         return [c for c in self.callback_handler.callbacks if isinstance(c, LogReader)]

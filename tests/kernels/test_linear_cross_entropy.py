@@ -14,8 +14,9 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from colab_qlora.kernels import cross_entropy_rows as rows_module
 from colab_qlora.kernels.backend import HAS_TRITON, use_backend
 from colab_qlora.kernels.cross_entropy_rows import cross_entropy_rows_, gradient_scale
-from colab_qlora.kernels.linear_cross_entropy import linear_cross_entropy, logits_chunk_rows
+from colab_qlora.kernels.linear_cross_entropy import linear_cross_entropy
 from colab_qlora.kernels.linear_cross_entropy_inputs import count_labels
+from colab_qlora.kernels.logits_chunk import logits_chunk_rows
 
 # several chunks of 16 rows, the fewest that are held
 TINY_BUDGET = 1

@@ -23,6 +23,7 @@ from kernel_helpers import DEVICE, assert_as_exact_as_stock, relative_error
 
 from colab_qlora.kernels import (
     copy_rows,
+    int8_decode,
     label_count,
     lora_borders,
     nf4,
@@ -50,6 +51,7 @@ KINDS = {
     torch.float16: "*fp16",
     torch.float32: "*fp32",
     torch.uint8: "*u8",
+    torch.int8: "*i8",
     torch.int32: "*i32",
     torch.int64: "*i64",
     int: "i32",
@@ -317,6 +319,20 @@ def nf4_with_borders(monkeypatch):
         agree(run, randn(156, 224), *(randn(*shape).float() for shape in shapes))
 
 
+def int8_of_a_weight(monkeypatch):
+    """Several programs; a last one that is not full; rows without 16-byte stores."""
+    for rows, columns in ((100, 200), (16, 65)):
+        codes = torch.randint(-127, 128, (rows, columns), dtype=torch.int8).to(DEVICE)
+        weight = int8_decode.Int8Weight(codes, torch.rand(rows).to(DEVICE))
+        wides = []
+        for backend in ("triton", "torch"):
+            wides.append(randn(rows, columns + 8).fill_(torch.nan))
+            with use_backend(backend):
+                int8_decode.int8_decode_(weight, wides[-1][:, :-8])
+        assert torch.equal(wides[0][:, :-8], wides[1][:, :-8])
+        assert wides[0][:, -8:].isnan().all()
+
+
 def borders_of_a_weight(monkeypatch):
     """Two adapters, the second without its A; float32 and half, in several tiles each way."""
 
@@ -365,7 +381,7 @@ def cross_entropy_of_rows(monkeypatch):
 
 
 def scales_searched(monkeypatch):
-    """All four kinds of launch; judged by the weighted error that is left, as ties may go either way."""
+    """All four kinds of launch, judged by the error that is left: ties may go either way."""
     weight, h = randn(64, 512) / 8, torch.rand(512, device=DEVICE) + 0.1
 
     def errors(scales: torch.Tensor, blocksize: int, column_weights) -> torch.Tensor:
@@ -477,6 +493,12 @@ SCENARIOS = [
             "nf4_search plain, with codes",
             "nf4_search levels",
         ),
+    ),
+    Scenario(
+        int8_of_a_weight,
+        int8_decode,
+        ("_decode_kernel",),
+        ("int8_decode", "int8_decode odd rows"),
     ),
     Scenario(
         borders_of_a_weight,

@@ -1,0 +1,40 @@
+"""What a model loses on answers that it has not seen, in one number."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+
+from colab_qlora.quantization.calibration import IGNORED, ROWS, calibration_batches
+
+__all__ = ["answer_loss"]
+
+
+@torch.no_grad()
+def answer_loss(
+    model: Any, tokenizer: Any, rows: Sequence[Any], max_seq_length: int = 512
+) -> float:
+    """Mean loss of the labelled tokens of some rows, in nat.
+
+    Args:
+        model: a causal language model; it is left as it was.
+        tokenizer: its own.
+        rows: as for `from_pretrained(calibration_data=...)`; 16 at a time have 256 tokens or more.
+        max_seq_length: tokens of a row, at most.
+    """
+    device = next(model.parameters()).device
+    was_training = model.training
+    model.eval()
+    total, count = 0.0, 0
+    try:
+        for start in range(0, len(rows), ROWS):
+            part = rows[start : start + ROWS]
+            for batch in calibration_batches(part, tokenizer, max_seq_length, device):
+                labelled = int((batch["labels"][:, 1:] != IGNORED).sum())
+                total += float(model(**batch, use_cache=False).loss) * labelled
+                count += labelled
+    finally:
+        model.train(was_training)
+    return total / count
