@@ -62,6 +62,7 @@ def attach_lora(
         task_type="CAUSAL_LM",
         **lora_options,
     )
+    _check_dora(model, config)
     adapted = _with_adapters(model, config, random_state)
     save_map_with_adapters(adapted)
     if use_fused_layers:
@@ -154,6 +155,16 @@ def _check_saved_modules(model: Any, wanted: Sequence[str] | str | None) -> None
                 got=full,
                 do='Load the model with quantization="nf4", which leaves embedding and head in 16',
             )
+
+
+def _check_dora(model: Any, config: Any) -> None:
+    """PEFT would take the norms of int8 codes for those of the weights, and say nothing."""
+    if config.use_dora and any(hasattr(module, "SCB") for module in model.modules()):
+        raise UserError(
+            "DoRA needs the norms of weights, which PEFT cannot read from 8 bits",
+            got="use_dora=True over a model with int8 weights",
+            do='Load the model with quantization="nf4", or leave use_dora out',
+        )
 
 
 def _matches(name: str, present: Iterable[str]) -> bool:

@@ -122,3 +122,12 @@ def test_a_quantised_checkpoint_says_what_it_cannot_do(tiny_model_folder, tmp_pa
         (folder / "config.json").write_text(text, encoding="utf-8")
         with pytest.raises(UserError, match=f"quantised already.*got {said}.*scale search"):
             load(folder)
+
+
+def test_what_cannot_be_trained_in_8_bits_is_said_before(tiny_model_folder, sample_rows):
+    model, _ = load(tiny_model_folder, calibration_data=sample_rows)
+    assert "int8" in dynamic_state(model).map.rungs.values()
+    with pytest.raises(UserError, match="held in 8 bits, which cannot be trained: got model.embed"):
+        FastLanguageModel.get_peft_model(model, modules_to_save=["embed_tokens"])
+    with pytest.raises(UserError, match="DoRA needs the norms of weights"):
+        FastLanguageModel.get_peft_model(model, use_dora=True)
