@@ -15,6 +15,7 @@ from __future__ import annotations
 import argparse
 from collections.abc import Callable
 from contextlib import nullcontext
+from pathlib import Path
 from typing import Any
 
 from benchmarks import record
@@ -36,30 +37,40 @@ def main() -> None:
         from benchmarks.gpu_timing import pick_device
 
         pick_device(MODULE, is_dry=False)
-    rows, problems = _run_all(options)
-    copy_gb_s = next((row["copy_gb_s"] for row in rows if "copy_gb_s" in row), None)
-    optimizers = [row for row in rows if "optimizer" in row]
-    cases = [row for row in rows if "op" in row]
-    print(_text(cases, optimizers, copy_gb_s, problems))
-    path = record.write(
-        options.name or f"kernels_{options.dtype}{'_dry' if options.dry else ''}",
-        cases,
-        optimizers=optimizers,
-        copy_gb_s=copy_gb_s,
-        problems=problems,
-        peers=versions(),
-    )
-    print(f"wrote {path}")
+    rows: list[dict[str, Any]] = []
+    problems = _run_all(options, rows)
+    print(_text(rows, problems))
+    print(f"wrote {_write(options, rows, problems)}")
     if "here" in problems:
         raise SystemExit("the process that measures the kit's own kernels did not end well")
 
 
-def _run_all(options: argparse.Namespace) -> tuple[list[dict[str, Any]], dict[str, str]]:
-    """The rows of all processes, merged, and what went wrong in each of them."""
-    rows: list[dict[str, Any]] = []
+def _write(
+    options: argparse.Namespace, rows: list[dict[str, Any]], problems: dict[str, str]
+) -> Path:
+    return record.write(
+        options.name or f"kernels_{options.dtype}{'_dry' if options.dry else ''}",
+        [row for row in rows if "op" in row],
+        optimizers=[row for row in rows if "optimizer" in row],
+        copy_gb_s=_copy_gb_s(rows),
+        problems=problems,
+        peers=versions(),
+    )
+
+
+def _copy_gb_s(rows: list[dict[str, Any]]) -> float | None:
+    return next((row["copy_gb_s"] for row in rows if "copy_gb_s" in row), None)
+
+
+def _run_all(options: argparse.Namespace, rows: list[dict[str, Any]]) -> dict[str, str]:
+    """Fill in the rows of all processes, merged; returns what went wrong in each of them.
+
+    What is there is shown and written at once, so that a run that is cut short has not been for
+    nothing.
+    """
     if options.dry:
         _measure_side(options, "here", rows.append)
-        return rows, dict.fromkeys(PEERS, "not asked for")
+        return dict.fromkeys(PEERS, "not asked for")
     arguments = ["--dtype", options.dtype, "--ops", options.ops]
     problems: dict[str, str] = {}
     for side in ("here", *PEERS):
@@ -67,11 +78,24 @@ def _run_all(options: argparse.Namespace) -> tuple[list[dict[str, Any]], dict[st
             problems[side] = "not asked for" if options.no_peers else "not installed"
             continue
         print(f"measuring {side} ...", flush=True)
-        found, problem = run_child(MODULE, ["--side", side, *arguments], timeout_s=TIMEOUT_S)
-        _merge(rows, found)
+
+        def take(row: dict[str, Any], side: str = side) -> None:
+            _merge(rows, [row])
+            print(f"{side}: {_line(row)}", flush=True)
+            _write(options, rows, problems)
+
+        command = ["--side", side, *arguments]
+        problem = run_child(MODULE, command, timeout_s=TIMEOUT_S, on_row=take)[1]
         if problem:
             problems[side] = problem
-    return rows, problems
+    return problems
+
+
+def _line(row: dict[str, Any]) -> str:
+    if "sides" not in row:
+        return str(row)
+    times = ", ".join(f"{name} {_ms(side)}" for name, side in row["sides"].items())
+    return f"{row['op']} {row['size']}: {times} ms"
 
 
 def _options() -> argparse.Namespace:
@@ -145,12 +169,10 @@ def _merge(rows: list[dict[str, Any]], others: list[dict[str, Any]]) -> None:
             row["sides"] |= other["sides"]
 
 
-def _text(
-    cases: list[dict[str, Any]],
-    optimizers: list[dict[str, Any]],
-    copy_gb_s: float | None,
-    problems: dict[str, str],
-) -> str:
+def _text(rows: list[dict[str, Any]], problems: dict[str, str]) -> str:
+    copy_gb_s = _copy_gb_s(rows)
+    optimizers = [row for row in rows if "optimizer" in row]
+    cases = [row for row in rows if "op" in row]
     lines = [f"copy bandwidth: {number(copy_gb_s)} GB/s", ""]
     if cases:
         lines += [_case_table(cases, copy_gb_s, problems), ""]
