@@ -24,14 +24,14 @@ from colab_qlora.samples import sample_path
 PICTURE = Path(__file__).resolve().parent.parent / "docs" / "early_stopping.png"
 
 
-def run(name: str, options: argparse.Namespace, out: str) -> tuple[dict[str, Any], Any]:
-    """One row of the table, and the run's log."""
+def make_trainer(name: str, options: argparse.Namespace, out: str) -> SFTTrainer:
+    """The trainer of one of the two runs; early stopping is all that they differ in."""
     model, tokenizer = FastLanguageModel.from_pretrained(options.model, max_seq_length=128)
     model = FastLanguageModel.get_peft_model(
         model, r=16, lora_alpha=32, use_gradient_checkpointing=False, random_state=42
     )
     steps = -(-options.rows // 8) * options.epochs
-    trainer = SFTTrainer(
+    return SFTTrainer(
         model=model,
         processing_class=tokenizer,
         train_dataset=format_chat(read_records(sample_path("train.jsonl"))[: options.rows]),
@@ -52,6 +52,11 @@ def run(name: str, options: argparse.Namespace, out: str) -> tuple[dict[str, Any
             seed=42,
         ),
     )
+
+
+def run(name: str, options: argparse.Namespace, out: str) -> tuple[dict[str, Any], Any]:
+    """One row of the table, and the run's log."""
+    trainer = make_trainer(name, options, out)
     began = time.perf_counter()
     result = trainer.train()
     seconds = time.perf_counter() - began

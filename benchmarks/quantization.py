@@ -13,11 +13,13 @@ from __future__ import annotations
 
 import argparse
 import gc
+import statistics
 import tempfile
 import time
 from typing import Any
 
 import torch
+from transformers import TrainerCallback
 
 from benchmarks import record
 from benchmarks.quantization_methods import METHODS, Built, Request
@@ -32,7 +34,7 @@ from benchmarks.quantization_metrics import (
 from benchmarks.table import format_table
 from colab_qlora import SFTConfig, SFTTrainer
 from colab_qlora.data import format_chat, read_records
-from colab_qlora.quantization import calibration
+from colab_qlora.quantization.calibration import labelled_batches
 from colab_qlora.quantization.dynamic import dynamic_state
 from colab_qlora.samples import sample_path
 
@@ -41,6 +43,7 @@ LENGTH = 256
 LEARNING_RATE = 1e-3
 REFERENCE, PLAIN = "16bit", "nf4"
 PERCENT = 100
+FIRST_STEPS = 3
 
 
 def main() -> None:
@@ -102,7 +105,7 @@ def _measure(
     request = Request(options.model, LENGTH, options.dtype, calibrated, seed)
     built = METHODS[method](request)
     device = next(built.model.parameters()).device
-    batches = _eval_batches(eval_rows, built.tokenizer, device)
+    batches = labelled_batches(eval_rows, built.tokenizer, LENGTH, device)
     before = predictions_of(built.model, batches)
     seconds = _train(built, train_rows, options, seed)
     after = predictions_of(built.model, batches)
@@ -133,16 +136,32 @@ def _measure(
     return row
 
 
-def _eval_batches(rows: list[Any], tokenizer: Any, device: torch.device) -> list[Any]:
-    found = []
-    for start in range(0, len(rows), calibration.ROWS):
-        part = rows[start : start + calibration.ROWS]
-        found += calibration.calibration_batches(part, tokenizer, LENGTH, device)
-    return found
+class _StepTimer(TrainerCallback):
+    """Seconds of every optimiser step, on a GPU until its work is done."""
+
+    def __init__(self) -> None:
+        self.seconds: list[float] = []
+        self._began = 0.0
+
+    def on_step_begin(self, *_: Any, **__: Any) -> None:
+        self._began = self._now()
+
+    def on_step_end(self, *_: Any, **__: Any) -> None:
+        self.seconds.append(self._now() - self._began)
+
+    def median(self) -> float:
+        """Without the first steps, and so without what a change of precision takes after one."""
+        return statistics.median(self.seconds[FIRST_STEPS:] or self.seconds)
+
+    @staticmethod
+    def _now() -> float:
+        if torch.cuda.is_available():
+            torch.cuda.synchronize()
+        return time.perf_counter()
 
 
 def _train(built: Built, rows: list[Any], options: argparse.Namespace, seed: int) -> float:
-    """Seconds a step, the first ones left out."""
+    """Train, and return the median seconds of a step."""
     schedule: dict[str, Any] = {"quantization_schedule": True} if built.has_schedule else {}
     if not built.has_schedule and dynamic_state(built.model) is not None:
         schedule = {"quantization_schedule": False}
@@ -165,9 +184,11 @@ def _train(built: Built, rows: list[Any], options: argparse.Namespace, seed: int
             ),
             **schedule,
         )
-        began = time.perf_counter()
+        timer = _StepTimer()
+        # the first of the callbacks: what others do after a step is not counted
+        trainer.callback_handler.callbacks.insert(0, timer)
         trainer.train()
-        return (time.perf_counter() - began) / options.steps
+        return timer.median()
 
 
 def summarise(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
@@ -186,7 +207,7 @@ def summarise(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
             "seeds": len(own),
             "weight_mb": own[0]["weight_bytes"] / 1e6,
             "load_s": min(row["load_s"] for row in own),
-            "step_s": min(row["step_s"] for row in own),
+            "step_s": statistics.median(row["step_s"] for row in own),
         }
         for name in tables:
             line[name] = interval(tables[name])
@@ -221,7 +242,9 @@ def _shown(values: tuple[float, float, float]) -> str:
     return f"{mean:.4f} ({low:.4f} to {high:.4f})"
 
 
-def _percent(values: tuple[float, float, float]) -> str:
+def _percent(values: tuple[float, float, float] | None) -> str:
+    if values is None:
+        return "no gap"
     mean, low, high = (PERCENT * value for value in values)
     return f"{mean:.0f} % ({low:.0f} to {high:.0f})"
 

@@ -70,7 +70,13 @@ class Advice(Change):
         return self.text()
 
 
-def advise(diagnosis: Diagnosis, run: object = None, machine: object = None) -> Advice:
+def advise(
+    diagnosis: Diagnosis,
+    run: object = None,
+    machine: object = None,
+    *,
+    is_finished: bool | None = None,
+) -> Advice:
     """Says what to change next, one thing at a time.
 
     Args:
@@ -79,6 +85,9 @@ def advise(diagnosis: Diagnosis, run: object = None, machine: object = None) -> 
             is left out of the advice, not guessed.
         machine: what `inspect_environment()` gives, or a mapping with `gpu_total_gib` (GiB) and
             `has_native_bf16`; without it the advice spares memory.
+        is_finished: whether the run is over, stopped or not; None: what the diagnosis or the log
+            says of that, and where neither does, a run counts as over once it has its planned
+            steps.
 
     Returns:
         One change with its reason and its visible effect, and the next candidates.
@@ -86,7 +95,7 @@ def advise(diagnosis: Diagnosis, run: object = None, machine: object = None) -> 
     Raises:
         UserError: `diagnosis` is not one, or `run` is no mapping.
     """
-    facts = facts_of(diagnosis, run, machine)
+    facts = facts_of(diagnosis, run, machine, is_finished)
     verdict = _verdict_to_act_on(diagnosis, facts)
     changes = remedies_for(facts, verdict, diagnosis)
     if _has_to_wait(verdict, facts):
@@ -122,12 +131,13 @@ def _has_to_wait(verdict: Verdict, facts: RunFacts) -> bool:
 
 
 def _wait(verdict: Verdict, facts: RunFacts) -> Change:
+    planned = "" if facts.planned_steps is None else f" of {facts.planned_steps:,}"
     return Change(
         "none",
         None,
         None,
         "change nothing yet; let the run go on, and read its curve again",
-        f"at step {facts.last_step:,} of {facts.planned_steps:,} this may still be chance",
+        f"at step {facts.last_step:,}{planned} this may still be chance",
         f'the next two evaluations confirm the verdict "{verdict.title}", or it goes away',
     )
 

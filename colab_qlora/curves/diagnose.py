@@ -11,20 +11,15 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping
 from typing import Any
 
-from colab_qlora.curves.logs.runs import run_starts
+from colab_qlora.curves.logs.runs import has_ended, run_starts
 from colab_qlora.curves.picture.marks import count_words
 from colab_qlora.curves.picture.series import loss_text
 from colab_qlora.curves.rules.broken import collapsed, non_finite, scale_mismatch, skipped_steps
 from colab_qlora.curves.rules.evals import below_train, leakage, turned, worse_than_base
 from colab_qlora.curves.rules.readings import Readings, read_numbers
-from colab_qlora.curves.rules.train import (
-    ending,
-    not_learning,
-    slow,
-    spikes,
-    stairs,
-    unstable,
-)
+from colab_qlora.curves.rules.stability import spikes, unstable
+from colab_qlora.curves.rules.stairs import stairs
+from colab_qlora.curves.rules.train import ending, not_learning, slow
 from colab_qlora.curves.thresholds import Thresholds
 from colab_qlora.curves.verdicts import NAMES, Diagnosis, Verdict
 from colab_qlora.errors import UserError
@@ -43,7 +38,7 @@ def diagnose(
     *,
     run: Mapping[str, Any] | None = None,
     thresholds: Thresholds | None = None,
-    is_finished: bool = True,
+    is_finished: bool | None = None,
 ) -> Diagnosis:
     """Reads a loss log.
 
@@ -51,7 +46,9 @@ def diagnose(
         log: a LossLog, or records (dicts with `step` and `loss` or `eval_loss`), in any order.
         run: the hyperparameters; those of the LossLog if it is one.
         thresholds: where the rules draw their lines.
-        is_finished: False while training goes on; what needs the whole run is not said then.
+        is_finished: False while training goes on; what needs the whole run is not said then. None:
+            the run is read as a whole one, and the diagnosis says that it is over only where the
+            log does.
 
     Returns:
         At least one verdict, the most important first.
@@ -71,15 +68,10 @@ def diagnose(
         )
     run = getattr(log, "run", None) if run is None else run
     records = list(log)
-    starts = run_starts(records)
-    if len(starts) > 1:
-        raise UserError(
-            "the log holds several runs",
-            got=f"{len(starts)} runs; the second begins at record {starts[1] + 1}",
-            allowed="one run",
-            do="Pass one of split_runs(log)",
-        )
-    r = read_numbers(records, run, thresholds or Thresholds(), is_finished)
+    _check_one_run(records)
+    if is_finished is None and has_ended(records):
+        is_finished = True
+    r = read_numbers(records, run, thresholds or Thresholds(), is_finished is not False)
     found = _verdicts(r)
     best = None if r.best is None else (int(r.eval_steps[r.best]), float(r.evals[r.best]))
     rising = next((v for v in found if v.name in ("overfitting", "eval rising")), None)
@@ -92,7 +84,19 @@ def diagnose(
         rising.step if rising and rising.confidence != "watch" else None,
         r.noise if not r.is_short else None,
         _notes(r, found),
+        is_finished,
     )
+
+
+def _check_one_run(records: list[Mapping[str, Any]]) -> None:
+    starts = run_starts(records)
+    if len(starts) > 1:
+        raise UserError(
+            "the log holds several runs",
+            got=f"{len(starts)} runs; the second begins at record {starts[1] + 1}",
+            allowed="one run",
+            do="Pass one of split_runs(log)",
+        )
 
 
 def _verdicts(r: Readings) -> list[Verdict]:

@@ -25,14 +25,14 @@ from colab_qlora.curves.picture.edge_marks import (
     note_events,
     number_events,
 )
-from colab_qlora.curves.picture.layout import DPI, EndLabel, lay_out
+from colab_qlora.curves.picture.layout import DPI, EndLabel, Note, lay_out
 from colab_qlora.curves.picture.mark_artists import (
     draw_divergence,
     draw_spikes,
     draw_stop,
     draw_turns,
 )
-from colab_qlora.curves.picture.marks import Diagnoses, as_marks
+from colab_qlora.curves.picture.marks import Diagnoses, Marks, as_marks
 from colab_qlora.curves.picture.series import HALF_LIFE
 from colab_qlora.curves.picture.theme import DARK, LIGHT, MOST_RUNS, Theme
 from colab_qlora.curves.words import describe_curves
@@ -94,17 +94,12 @@ def draw_curves(
         >>> fig = draw_curves(log, diagnosis=diagnose(log))
         >>> save_png(fig, "work/loss.png")
     """
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
-
     curves = as_curves(runs, with_rates=learning_rate)
     marks = as_marks(diagnosis, curves)
     _check_size(len(curves), width_px, height_px)
     half_life, stop_at = _half_life(smooth), _step(stop_at)
     theme = DARK if dark else LIGHT
-    fig = Figure((width_px / DPI, height_px / DPI), dpi=DPI, facecolor=theme.paper)
-    FigureCanvasAgg(fig)  # measures text; it attaches to this figure alone
-    ax = fig.add_axes((0.1, 0.15, 0.6, 0.7))
+    fig, ax = _new_figure(width_px, height_px, theme)
     limits = loss_range(curves) if y_range is None else _checked_range(y_range)
     # numbered ticks get room of their own, unless the range was asked for
     has_events = y_range is None and any(curve.events for curve in curves)
@@ -112,12 +107,7 @@ def draw_curves(
     set_up_axes(ax, curves, limits, theme, width_px, room_below=room)
 
     ends = _draw_lines(ax, curves, theme, half_life, width_px)
-    notes = draw_divergence(ax, curves, marks, theme)
-    notes += mark_non_finite(ax, curves, theme)
-    notes += draw_turns(ax, curves, marks, theme)
-    notes += draw_spikes(ax, curves, marks, theme)
-    notes += mark_beyond(ax, curves, marks, theme)
-    notes += note_events(curves)
+    notes = _draw_marks(ax, curves, marks, theme)
     panel = None
     if learning_rate:
         panel, missing = add_rate_panel(fig, ax, curves, theme, width_px)
@@ -170,6 +160,25 @@ def _png(fig: Figure, dpi: float | None) -> bytes:
     # without the version of matplotlib in it, a picture changes only when its content does
     fig.savefig(buffer, format="png", dpi=dpi or "figure", metadata={"Software": None})
     return buffer.getvalue()
+
+
+def _new_figure(width_px: int, height_px: int, theme: Theme) -> tuple[Figure, Axes]:
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    fig = Figure((width_px / DPI, height_px / DPI), dpi=DPI, facecolor=theme.paper)
+    FigureCanvasAgg(fig)  # measures text; it attaches to this figure alone
+    return fig, fig.add_axes((0.1, 0.15, 0.6, 0.7))
+
+
+def _draw_marks(ax: Axes, curves: list[Curve], marks: list[Marks], theme: Theme) -> list[Note]:
+    """Draws what is marked on the lines; gives the notes, in the order in which they are shown."""
+    notes = draw_divergence(ax, curves, marks, theme)
+    notes += mark_non_finite(ax, curves, theme)
+    notes += draw_turns(ax, curves, marks, theme)
+    notes += draw_spikes(ax, curves, marks, theme)
+    notes += mark_beyond(ax, curves, marks, theme)
+    return notes + note_events(curves)
 
 
 def _draw_lines(

@@ -55,6 +55,8 @@ class LossLog:
         seconds: time in training so far, in s.
         peak_memory_gib: highest memory in use so far, in GiB.
         event: a text that the plot marks at this step, for instance "resumed".
+        is_end: true in the last record of a run that is over, with an `event` that says why where
+            it was stopped; a run that is resumed loses it.
 
     Attributes:
         records: one dict a line, oldest first; append through `append`, not here.
@@ -150,6 +152,8 @@ class LossLog:
     def truncate_after(self, step: int) -> int:
         """Removes the records of later steps, for a run that resumes from a checkpoint.
 
+        What said that the run was over is removed too, whatever its step.
+
         Args:
             step: the resumed step; its own records stay. -1 removes every record.
 
@@ -163,7 +167,7 @@ class LossLog:
             raise UserError(
                 "this loss log is closed or read-only", do="Open it with LossLog.open(path)"
             )
-        kept = [record for record in self.records if record["step"] <= step]
+        kept = [r for r in self.records if r["step"] <= step and r.get("is_end") is not True]
         removed = len(self.records) - len(kept)
         if removed:
             self.records = kept

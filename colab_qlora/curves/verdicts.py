@@ -48,6 +48,7 @@ class Verdict:
         action: the one thing to do next, an imperative clause without a full stop.
         numbers: what was compared, by name; a share is a fraction of 1, a loss is in nat.
         steps: further steps to mark, for instance those of spikes.
+        said: the title where that of `NAMES` does not fit this run, else "".
     """
 
     name: str
@@ -58,6 +59,7 @@ class Verdict:
     action: str
     numbers: Mapping[str, float] = field(default_factory=dict)
     steps: tuple[int, ...] = ()
+    said: str = ""
 
     def __post_init__(self) -> None:
         assert self.name in NAMES and self.kind in KINDS and self.confidence in CONFIDENCES, self
@@ -65,7 +67,7 @@ class Verdict:
     @property
     def title(self) -> str:
         """The verdict in a few words, as said to a user."""
-        return NAMES[self.name]
+        return self.said or NAMES[self.name]
 
     @property
     def is_alarm(self) -> bool:
@@ -87,6 +89,8 @@ class Diagnosis:
             `last_step` is what overfitting, or a rising eval loss, cost.
         noise: scatter of a single logged train loss as a share of its level, or None.
         notes: what the reader should know about the log itself, as sentences.
+        is_finished: whether the run was over by then; None where neither the caller nor the log
+            says so.
     """
 
     verdicts: tuple[Verdict, ...]
@@ -97,6 +101,7 @@ class Diagnosis:
     divergence_step: int | None = None
     noise: float | None = None
     notes: tuple[str, ...] = ()
+    is_finished: bool | None = None
 
     @property
     def main(self) -> Verdict:

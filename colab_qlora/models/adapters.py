@@ -17,7 +17,7 @@ from colab_qlora.models.fuse import fuse, fused_layers
 from colab_qlora.models.quiet_import import without_rename_warnings
 from colab_qlora.models.settings import ATTRIBUTE, CHECKPOINTING_MODES, ModelSettings, settings_of
 from colab_qlora.models.smart import plan_batches, stop_planning
-from colab_qlora.quantization.map_file import save_map_with_adapters
+from colab_qlora.quantization.instance_methods import set_adapter_methods
 
 DEFAULT_TARGETS = (
     "q_proj",
@@ -64,7 +64,7 @@ def attach_lora(
     )
     _check_dora(model, config)
     adapted = _with_adapters(model, config, random_state)
-    save_map_with_adapters(adapted)
+    set_adapter_methods(adapted)
     if use_fused_layers:
         fuse(adapted)
     set_gradient_checkpointing(

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -10,7 +11,7 @@ import torch
 from colab_qlora.errors import UserError
 from colab_qlora.quantization.activation_statistics import weight_items
 from colab_qlora.quantization.budget import Budget, parse_budget
-from colab_qlora.quantization.calibration import calibration_batches
+from colab_qlora.quantization.calibration import Batch, calibration_batches
 from colab_qlora.quantization.dynamic import (
     ATTRIBUTE,
     DynamicQuantization,
@@ -18,6 +19,7 @@ from colab_qlora.quantization.dynamic import (
     needs_16_bit,
     quantize_dynamically,
 )
+from colab_qlora.quantization.instance_methods import set_base_methods
 from colab_qlora.quantization.map_file import RecordedMap
 from colab_qlora.quantization.placing import rung_of
 from colab_qlora.quantization.weight_source import WeightSource
@@ -30,12 +32,28 @@ AUTO_BATCH_SIZE = 2
 
 @dataclass(frozen=True)
 class DynamicRequest:
-    """What `from_pretrained` was asked for; `recorded` comes from an adapter's folder."""
+    """What `from_pretrained` was asked for; `recorded` comes from an adapter's folder.
+
+    `batches` are made of the data before a weight is fetched: rows that cannot be used should not
+    cost a download.
+    """
 
     budget: Budget
     words: str
     calibration_data: Any = None
     recorded: RecordedMap | None = None
+    batches: Sequence[Batch] = ()
+
+    def with_batches(self, tokenizer: Any, max_seq_length: int) -> DynamicRequest:
+        """The same with micro-batches on the CPU.
+
+        Raises:
+            UserError: data of another kind, or too short.
+        """
+        if self.calibration_data is None:
+            return self
+        batches = calibration_batches(self.calibration_data, tokenizer, max_seq_length)
+        return replace(self, calibration_data=None, batches=batches)
 
 
 def dynamic_request(
@@ -51,16 +69,14 @@ def dynamic_request(
     Raises:
         UserError: an unknown name or budget, or arguments that contradict each other.
     """
-    if quantization is None and recorded is None:
-        quantization = "nf4"
-    if recorded is not None and quantization in (None, "dynamic"):
-        return DynamicRequest(Budget(share=0.0), recorded.budget, None, recorded)
-    if quantization not in NAMES:
-        raise UserError(
-            "quantization is not understood",
-            got=repr(quantization),
-            allowed=" or ".join(map(repr, NAMES)),
+    if recorded is not None:
+        return _recorded_request(
+            recorded, quantization, quantization_budget, calibration_data, load_in_4bit
         )
+    if quantization is None:
+        quantization = "nf4"
+    if quantization not in NAMES:
+        raise _unknown(quantization)
     if quantization == "nf4":
         if calibration_data is not None:
             raise UserError(
@@ -80,6 +96,33 @@ def dynamic_request(
     return DynamicRequest(budget, words, calibration_data)
 
 
+def _recorded_request(
+    recorded: RecordedMap, quantization: Any, budget: Any, data: Any, load_in_4bit: bool
+) -> DynamicRequest | None:
+    """An adapter's own base, unless another one is asked for."""
+    if not load_in_4bit or quantization == "nf4":
+        asked = "16 bit" if not load_in_4bit else "plain NF4"
+        _say(f"the adapter was trained over a base of mixed precision; loaded over {asked}")
+        return None
+    if quantization not in (None, "dynamic"):
+        raise _unknown(quantization)
+    parse_budget(budget)
+    if data is not None or budget != DEFAULT_BUDGET:
+        _say(
+            "the precision map beside the adapter is used; quantization_budget and "
+            "calibration_data are for a new one"
+        )
+    return DynamicRequest(Budget(share=0.0), recorded.budget, None, recorded)
+
+
+def _unknown(quantization: Any) -> UserError:
+    return UserError(
+        "quantization is not understood",
+        got=repr(quantization),
+        allowed=" or ".join(map(repr, NAMES)),
+    )
+
+
 def refuse_quantised(config: Any) -> None:
     """Raise UserError if a checkpoint is quantised already, and say what cannot be done then."""
     stored = getattr(config, "quantization_config", None)
@@ -93,7 +136,6 @@ def refuse_quantised(config: Any) -> None:
 
 def make_dynamic(
     model: Any,
-    tokenizer: Any,
     request: DynamicRequest,
     place: str,
     name: str,
@@ -104,20 +146,19 @@ def make_dynamic(
     """Measure, choose and place; or do again what a map file says.
 
     Args:
-        model, tokenizer: as loaded; plain NF4.
-        request: from `dynamic_request`.
+        model: as loaded; plain NF4.
+        request: from `dynamic_request`, with its batches.
         place: the checkpoint's folder or hub id; `name` is what the user calls it.
         max_seq_length, compute_dtype: of the model.
         **hub: token, revision.
     """
+    set_base_methods(model)
     source = WeightSource.of_checkpoint(place, **hub)
     if request.recorded is not None:
         return _made_again(model, source, request.recorded, name, compute_dtype)
-    batches = []
-    if request.calibration_data is not None:
-        device = next(model.parameters()).device
-        batches = calibration_batches(request.calibration_data, tokenizer, max_seq_length, device)
-    else:
+    device = next(model.parameters()).device
+    batches = [{name: x.to(device) for name, x in batch.items()} for batch in request.batches]
+    if not batches:
         _say(
             "dynamic quantisation without calibration_data: scales are searched for unweighted, "
             "and precision goes by the error of the numbers; pass the training rows for more"
@@ -156,6 +197,12 @@ def _made_again(
         )
     for item in items:
         rung_of(item)
+    dtype = str(compute_dtype).removeprefix("torch.")
+    if recorded.compute_dtype != dtype:
+        _say(
+            f"the adapter's base computed in {recorded.compute_dtype} and now in {dtype}: its "
+            "rounded weights differ by as much as that"
+        )
     state = DynamicQuantization(
         recorded.map,
         {},

@@ -79,16 +79,19 @@ def load_model_and_tokenizer(
         refuse_quantised(config)
     bits = _quantization(config, compute_dtype, load_in_4bit, load_in_8bit)
     with readable_errors(name):
+        tokenizer = AutoTokenizer.from_pretrained(source, **hub)
+    if dynamic is not None:
+        dynamic = dynamic.with_batches(tokenizer, max_seq_length)
+    with readable_errors(name):
         model = _load_model(
             source, device_map, bits, config=config, dtype=compute_dtype, **hub, **kwargs
         )
-        tokenizer = AutoTokenizer.from_pretrained(source, **hub)
     _prepare_tokenizer(tokenizer, model, max_seq_length)
     keep_weights_in_place(model)
     _attach_settings(model, name, max_seq_length, compute_dtype, note)
     if dynamic is not None:
         make_dynamic(
-            model, tokenizer, dynamic, source, name, max_seq_length, compute_dtype,
+            model, dynamic, source, name, max_seq_length, compute_dtype,
             token=token, revision=revision,
         )  # fmt: skip
     return model, tokenizer

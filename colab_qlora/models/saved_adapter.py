@@ -12,7 +12,8 @@ from colab_qlora.models.fuse import fuse
 from colab_qlora.models.loading import load_model_and_tokenizer
 from colab_qlora.models.quiet_import import import_bitsandbytes, without_rename_warnings
 from colab_qlora.models.readable_errors import readable_errors
-from colab_qlora.quantization.map_file import read_map, save_map_with_adapters
+from colab_qlora.quantization.instance_methods import set_adapter_methods
+from colab_qlora.quantization.map_file import read_map
 
 
 def is_adapter_folder(name: str) -> bool:
@@ -55,7 +56,7 @@ def load_adapter_folder(name: str, *load_args: Any, **options: Any) -> tuple[Any
     model, tokenizer = load_model_and_tokenizer(base, *load_args, **options)
     with without_rename_warnings(), readable_errors(str(folder)):
         model = PeftModel.from_pretrained(model, str(folder), is_trainable=True)
-    save_map_with_adapters(model)
+    set_adapter_methods(model)
     fuse(model)
     set_gradient_checkpointing(model, "smart")
     if (folder / "tokenizer_config.json").is_file():

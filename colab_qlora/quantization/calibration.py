@@ -17,6 +17,8 @@ from colab_qlora.data.encode import encode
 from colab_qlora.errors import UserError
 
 ROWS = 16
+# short rows, or those whose labels are cut off, are made up for by others; no more than these
+MOST_ROWS = 512
 # every micro-batch reads and rounds all 16-bit weights once, so there are two; 2,048 tokens of an
 # 8B leave 2.6 GB of logits, which a T4 has room for beside the model
 ROWS_A_BATCH = 8
@@ -37,7 +39,7 @@ def calibration_batches(
     """The first rows of the data as padded micro-batches with labels.
 
     Args:
-        data: see `ALLOWED`. The first 16 rows are taken.
+        data: see `ALLOWED`. The first 16 rows with labels are taken, more if they are short.
         tokenizer: of the model.
         max_seq_length: tokens of a row, at most; no more than 256 are taken.
         device: where the tensors go.
@@ -49,34 +51,63 @@ def calibration_batches(
     Raises:
         UserError: data of another kind, unreadable rows, or fewer than 256 tokens.
     """
-    length = min(max_seq_length, MOST_TOKENS_A_ROW)
-    rows = [_encoded(row, tokenizer, length) for row in _rows(data)]
-    rows = [(ids, start) for ids, start in rows if start < len(ids) and len(ids) > 1]
-    tokens = sum(len(ids) for ids, _ in rows)
-    if tokens < LEAST_TOKENS:
-        raise UserError(
-            "the calibration data are too short",
-            got=f"{tokens} tokens in {len(rows)} rows with labels",
-            allowed=f"{LEAST_TOKENS} tokens or more",
-            do="Pass more rows of the training set, 16 of them",
-        )
+    rows = _labelled_rows(data, tokenizer, min(max_seq_length, MOST_TOKENS_A_ROW))
+    return _in_batches(rows, tokenizer, device)
+
+
+def labelled_batches(
+    rows: Iterable[Any],
+    tokenizer: Any,
+    max_seq_length: int,
+    device: torch.device | str = "cpu",
+) -> list[Batch]:
+    """All rows that have a label, as `calibration_batches` gives the first few."""
+    found = [_encoded(row, tokenizer, max_seq_length) for row in rows]
+    found = [(ids, start) for ids, start in found if start < len(ids) and len(ids) > 1]
+    return _in_batches(found, tokenizer, device)
+
+
+def _in_batches(
+    rows: list[tuple[list[int], int]], tokenizer: Any, device: torch.device | str
+) -> list[Batch]:
     # like lengths together: less padding
-    rows.sort(key=lambda row: len(row[0]))
+    rows = sorted(rows, key=lambda row: len(row[0]))
     parts = [rows[i : i + ROWS_A_BATCH] for i in range(0, len(rows), ROWS_A_BATCH)]
     pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else 0
     return [_padded(part, pad, device) for part in parts]
+
+
+def _labelled_rows(data: Any, tokenizer: Any, length: int) -> list[tuple[list[int], int]]:
+    """The first rows that hold labels: 16, and as many more as short rows need."""
+    rows, tokens, read = [], 0, 0
+    for row in _rows(data):
+        read += 1
+        ids, start = _encoded(row, tokenizer, length)
+        if start < len(ids) and len(ids) > 1:
+            rows.append((ids, start))
+            tokens += len(ids)
+        if len(rows) >= ROWS and tokens >= LEAST_TOKENS:
+            break
+    if tokens < LEAST_TOKENS:
+        raise UserError(
+            "the calibration data are too short",
+            got=f"{tokens} tokens in {len(rows)} rows with labels, of {read} rows",
+            allowed=f"{LEAST_TOKENS} tokens or more",
+            do="Pass more or longer rows, or a larger max_seq_length if labels are cut off",
+        )
+    return rows
 
 
 def _rows(data: Any) -> list[Any]:
     if isinstance(data, str | Path):
         from colab_qlora.data.records import read_records
 
-        return list(read_records(data)[:ROWS])
+        return list(read_records(data)[:MOST_ROWS])
     if isinstance(data, Mapping) or not isinstance(data, Iterable):
         raise UserError(
             "calibration_data is not understood", got=type(data).__name__, allowed=ALLOWED
         )
-    found = list(itertools.islice(data, ROWS))  # there may be no end
+    found = list(itertools.islice(data, MOST_ROWS))  # there may be no end
     if not found:
         raise UserError("calibration_data is empty", allowed=ALLOWED, do="Pass the training rows")
     return found
@@ -87,7 +118,8 @@ def _encoded(row: Any, tokenizer: Any, length: int) -> tuple[list[int], int]:
     if isinstance(row, str):
         row = {"text": row}
     if isinstance(row, Mapping) and isinstance(row.get("input_ids"), Sequence):
-        return list(row["input_ids"])[:length], 0  # tokenised already
+        ids, start = _tokenised(row, tokenizer)
+        return ids[:length], start
     if isinstance(row, Mapping) and {"instruction", "output"} <= row.keys():
         from colab_qlora.data.alpaca import format_alpaca
 
@@ -99,6 +131,21 @@ def _encoded(row: Any, tokenizer: Any, length: int) -> tuple[list[int], int]:
             "a row of calibration_data cannot be used", got=error.got, allowed=ALLOWED
         ) from error
     return ids[:length], start
+
+
+def _tokenised(row: Mapping[str, Any], tokenizer: Any) -> tuple[list[int], int]:
+    """The ids of a row that was tokenised before, and where its own labels begin."""
+    ids, size = list(row["input_ids"]), len(tokenizer)
+    wrong = [i for i in ids if not isinstance(i, int) or not 0 <= i < size]
+    if wrong:
+        raise UserError(
+            "a row of calibration_data has ids that are no tokens of this model",
+            got=wrong[0],
+            allowed=f"0 to {size - 1}",
+            do="Tokenise the rows with this model's tokenizer, or pass their texts",
+        )
+    labels = row.get("labels") or ids
+    return ids, next((n for n, label in enumerate(labels) if label != IGNORED), len(ids))
 
 
 def _padded(rows: list[tuple[list[int], int]], pad: int, device: torch.device | str) -> Batch:

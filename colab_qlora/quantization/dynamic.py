@@ -27,9 +27,10 @@ from colab_qlora.quantization.activation_statistics import (
     weight_items,
 )
 from colab_qlora.quantization.budget import SIXTEEN_BIT, Budget, rung_bytes
+from colab_qlora.quantization.first_order import product_dtype
 from colab_qlora.quantization.ladder import choose_rungs
 from colab_qlora.quantization.placing import place, rung_of, shape_of
-from colab_qlora.quantization.plain_rungs import plain_quantize, rungs_of
+from colab_qlora.quantization.plain_rungs import rounded_rows, rungs_of
 from colab_qlora.quantization.precision_map import PrecisionMap
 from colab_qlora.quantization.prices import Prices, RungPrice, ladder_items, measure_prices
 
@@ -129,6 +130,8 @@ def quantize_dynamically(
     items = weight_items(model)
     for item in items:
         rung_of(item)  # a format that it does not know is refused before anything is measured
+    # a budget that is too small is refused before as well
+    cap = budget.cap_bytes(*_plain_bytes(model, items), spare_bytes)
     columns: dict[str, torch.Tensor] = {}
     if batches:
         say(f"measuring what errors cost on {_tokens(batches):,} tokens of your data")
@@ -136,7 +139,6 @@ def quantize_dynamically(
     else:
         prices = prices_without_data(model, items, source)
     ladder = ladder_items(model, prices)
-    cap = budget.cap_bytes(*_plain_bytes(model, items), spare_bytes)
     found = choose_rungs(ladder, cap)
     state = DynamicQuantization(
         found, prices, cap, columns, source, compute_dtype, words, bool(batches)
@@ -181,9 +183,8 @@ def _measured(
     try:
         columns = collect_statistics(model, batches).mean_square
         with _checkpointed(model):
-            on_gpu = next(model.parameters()).device.type == "cuda"
-            gemm_dtype = torch.bfloat16 if on_gpu and torch.cuda.is_bf16_supported() else None
-            prices = measure_prices(model, batches, source=source, gemm_dtype=gemm_dtype)
+            low = product_dtype(next(model.parameters()).device)
+            prices = measure_prices(model, batches, source=source, gemm_dtype=low)
     finally:
         model.train(was_training)
         model.config.use_cache = was_cached
@@ -213,13 +214,23 @@ def prices_without_data(model: Any, items: Iterable[WeightItem], source: Source)
     """The squared error of the numbers in place of a price: it ranks rungs, and weights hardly."""
     found: Prices = {}
     for item in items:
-        weight = source(item.name).float()
+        weight = source(item.name).detach().to(item.weight.device)
         found[item.name] = {}
         for rung in rungs_of(model, item):
-            error = (plain_quantize(weight, rung) - weight).square()
+            squares = 0.0 if rung == SIXTEEN_BIT else _squared_error(weight, rung)
             # by output, so that large matrices do not win by their size alone
-            found[item.name][rung] = RungPrice((), float(error.mean()), float(error.sum(1).mean()))
+            by_number, by_output = squares / max(1, weight.numel()), squares / max(1, len(weight))
+            found[item.name][rung] = RungPrice((), by_number, by_output)
     return found
+
+
+def _squared_error(weight: torch.Tensor, rung: str) -> float:
+    """Of all numbers together, decoded to float32."""
+    found = torch.zeros((), dtype=torch.float64, device=weight.device)
+    for part, rounded in rounded_rows(weight, rung, torch.float32):
+        squares = (rounded - weight[part].float()).square_()
+        found += squares.sum(1).sum(dtype=torch.float64)
+    return float(found)
 
 
 def _plain_bytes(model: Any, items: Iterable[WeightItem]) -> tuple[int, int]:

@@ -14,12 +14,13 @@ from __future__ import annotations
 import torch
 
 from colab_qlora.errors import UserError
+from colab_qlora.quantization.row_chunks import row_slices
 
 LARGEST_CODE = 127
 
 
 def encode_int8(weight: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """Encode a weight row by row.
+    """Encode a weight row by row; beside the codes it takes a few rows in float32.
 
     Args:
         weight: floating point, shape (rows, columns).
@@ -37,21 +38,31 @@ def encode_int8(weight: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
             got=f"{str(weight.dtype).removeprefix('torch.')} of shape {tuple(weight.shape)}",
             allowed="float16, bfloat16, float32 or float64 of shape (rows, columns)",
         )
-    rows = weight.detach().float()
-    absmax = rows.abs().amax(1) if rows.shape[1] else rows.new_zeros(rows.shape[0])
+    weight = weight.detach()
+    absmax = torch.zeros(weight.shape[0], device=weight.device)
+    for part in row_slices(*weight.shape):
+        if weight.shape[1]:
+            absmax[part] = weight[part].float().abs().amax(1)
     if not torch.isfinite(absmax).all():
         raise UserError(
             "a weight has numbers that are infinite or NaN",
             got=f"{int((~torch.isfinite(absmax)).sum())} such rows",
             do="Load the checkpoint again",
         )
-    # divided before it is multiplied: 127 / absmax would overflow for the smallest numbers
-    codes = torch.round(rows / absmax.masked_fill(absmax == 0, 1.0)[:, None] * LARGEST_CODE)
-    return codes.to(torch.int8), absmax
+    codes = torch.empty(weight.shape, dtype=torch.int8, device=weight.device)
+    divisors = absmax.masked_fill(absmax == 0, 1.0)[:, None]
+    for part in row_slices(*weight.shape):
+        # divided before it is multiplied: 127 / absmax would overflow for the smallest numbers
+        codes[part] = torch.round(weight[part].float() / divisors[part] * LARGEST_CODE)
+    return codes, absmax
 
 
 def decode_int8(
     codes: torch.Tensor, absmax: torch.Tensor, dtype: torch.dtype = torch.float32
 ) -> torch.Tensor:
     """The weight that codes and absmax stand for, computed in float32, shape (rows, columns)."""
-    return (codes.float() * (absmax.float() / LARGEST_CODE)[:, None]).to(dtype)
+    weight = torch.empty(codes.shape, dtype=dtype, device=codes.device)
+    scales = (absmax.float() / LARGEST_CODE)[:, None]
+    for part in row_slices(*codes.shape):
+        weight[part] = codes[part].float() * scales[part]
+    return weight

@@ -19,7 +19,6 @@ from __future__ import annotations
 
 import contextlib
 import functools
-import math
 import statistics
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
@@ -32,6 +31,7 @@ from colab_qlora.errors import UserError
 from colab_qlora.models.fuse import unfused
 from colab_qlora.models.stock_checkpointing import checkpointed_layers
 from colab_qlora.quantization.activation_statistics import ActivationCollector
+from colab_qlora.quantization.first_order import product_dtype
 from colab_qlora.quantization.prices import PriceMeter
 from colab_qlora.quantization.rung_prices import Prices, RungPrice
 
@@ -81,8 +81,7 @@ def measure_live(
         SourceGone: the source cannot be read, as it says so itself.
     """
     device = next(model.parameters()).device
-    is_wide = device.type == "cuda" and torch.cuda.is_bf16_supported()
-    meter = PriceMeter(model, source, gemm_dtype=torch.bfloat16 if is_wide else None)
+    meter = PriceMeter(model, source, gemm_dtype=product_dtype(device), loss_scale=loss_scale)
     collector = ActivationCollector(model)
     passes = 0
     with unfused(model), _measuring(model, device), collector, meter, torch.enable_grad():
@@ -101,7 +100,7 @@ def measure_live(
         prices, columns = meter.prices(), collector.statistics().mean_square
     except UserError as error:  # both say this of numbers that are infinite or NaN
         raise BrokenPrices(error.problem, got=error.got) from error
-    return LivePrices(_unscaled(prices, loss_scale), columns)
+    return LivePrices(_without_rows(prices), columns)
 
 
 def smoothed(earlier: Prices, now: Prices, share: float) -> Prices:
@@ -148,21 +147,11 @@ def _price_of(price: float, output_error: float) -> RungPrice:
     return RungPrice((), price, output_error)
 
 
-def _unscaled(prices: Prices, loss_scale: float) -> Prices:
-    """Prices of the loss itself.
-
-    They grow with its square. Dividing gradients, as the meter would, could underflow in float16.
-    """
-    found = {
-        name: {
-            rung: _price_of(price.price / loss_scale**2, price.output_error)
-            for rung, price in rungs.items()
-        }
+def _without_rows(prices: Prices) -> Prices:
+    return {
+        name: {rung: _price_of(price.price, price.output_error) for rung, price in rungs.items()}
         for name, rungs in prices.items()
     }
-    if not all(math.isfinite(p.price) for rungs in found.values() for p in rungs.values()):
-        raise BrokenPrices("some prices are infinite or NaN")
-    return found
 
 
 def _has_labels(batch: Mapping[str, torch.Tensor]) -> bool:

@@ -27,7 +27,7 @@ import torch
 
 from colab_qlora.errors import UserError
 from colab_qlora.quantization.budget import RUNGS
-from colab_qlora.quantization.dynamic import DynamicQuantization, MapChange, dynamic_state
+from colab_qlora.quantization.dynamic import DynamicQuantization, MapChange
 from colab_qlora.quantization.precision_map import Placement, PrecisionMap
 
 FILE = "quantization_map.safetensors"
@@ -45,6 +45,7 @@ class RecordedMap:
     has_data: bool
     history: list[MapChange]
     base: str
+    compute_dtype: str
 
 
 def save_map(state: DynamicQuantization, folder: str | Path) -> Path:
@@ -124,27 +125,5 @@ def _parsed(header: dict[str, Any], columns: dict[str, torch.Tensor]) -> Recorde
         bool(header["has_data"]),
         [MapChange(**change) for change in header["history"]],
         str(header["base"]),
+        str(header["compute_dtype"]),
     )
-
-
-class SavesItsMap:
-    """A PEFT model's `save_pretrained` that writes the map beside the adapter.
-
-    It is put on the instance; the class stays as it is.
-    """
-
-    def __init__(self, model: Any) -> None:
-        self.model = model
-
-    def __call__(self, save_directory: Any, *args: Any, **kwargs: Any) -> Any:
-        saved = type(self.model).save_pretrained(self.model, save_directory, *args, **kwargs)
-        state = dynamic_state(self.model)
-        if state is not None and kwargs.get("is_main_process", True):
-            save_map(state, save_directory)
-        return saved
-
-
-def save_map_with_adapters(model: Any) -> None:
-    """Have a PEFT model of a dynamically quantised base save the map whenever it is saved."""
-    if dynamic_state(model) is not None:
-        model.__dict__["save_pretrained"] = SavesItsMap(model)

@@ -26,6 +26,7 @@ from colab_qlora.quantization.checkpoint_parts import (
     untie,
 )
 from colab_qlora.quantization.dynamic import ATTRIBUTE
+from colab_qlora.quantization.instance_methods import MERGES
 from colab_qlora.quantization.merge_checks import check_unloadable
 from colab_qlora.quantization.merged_weights import MergedWeights
 from colab_qlora.quantization.shard_writer import MAX_SHARD_BYTES, write_checkpoint
@@ -133,7 +134,8 @@ def _install(
 def _make_plain(causal: Any, model: Any, merge: MergedWeights) -> None:
     """Take away what says that the model is quantised."""
     for owner in (causal, model):
-        owner.__dict__.pop(ATTRIBUTE, None)
+        for name in (ATTRIBUTE, "save_pretrained", *MERGES):
+            owner.__dict__.pop(name, None)
     for name in (
         "hf_quantizer",
         "quantization_method",

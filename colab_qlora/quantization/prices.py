@@ -16,6 +16,7 @@ How the changes become a price, and what guards it, is in `rung_prices.py`.
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import math
 from collections import defaultdict
@@ -29,10 +30,19 @@ import torch
 from colab_qlora.errors import UserError
 from colab_qlora.quantization.activation_statistics import BatchWindow, WeightItem, weight_items
 from colab_qlora.quantization.budget import SIXTEEN_BIT
+from colab_qlora.quantization.first_order import (
+    Shifted,
+    both,
+    first_order,
+    shifted_lookups,
+    shifted_outputs,
+    steepness,
+)
 from colab_qlora.quantization.plain_rungs import Quantize, plain_quantize, rungs_of
 from colab_qlora.quantization.rung_prices import Prices, RungPrice, ladder_items
 
 __all__ = [
+    "BrokenNumbers",
     "PriceMeter",
     "Prices",
     "RungPrice",
@@ -42,8 +52,12 @@ __all__ = [
     "rungs_of",
 ]
 
-# numbers of E x at a time; a head's would be tokens times vocabulary
-_CHUNK = 2**24
+# a mean loss's gradients underflow in float16; where the first scale overflows the next is tried
+_FLOAT16_LOSS_SCALES = (2.0**13, 2.0**8, 2.0**3)
+
+
+class BrokenNumbers(UserError):
+    """Prices are infinite or NaN."""
 
 
 class PriceMeter:
@@ -58,8 +72,9 @@ class PriceMeter:
             be 16-bit or more.
         quantize: see `Quantize`.
         column_weights: E[x_j^2] by name (`ActivationStatistics.mean_square`), for `quantize`.
-        gemm_dtype: of E x (bfloat16 on a GPU); None: float32, or float64 in a float64 model.
-        loss_scale: what the loss was multiplied by before backward (1 / accumulation steps).
+        gemm_dtype: of E x (`product_dtype`); None: float32, or float64 in a float64 model.
+        loss_scale: what the loss is multiplied by before backward (1 / accumulation steps, or more
+            for float16); prices are of the loss itself.
     """
 
     def __init__(
@@ -138,36 +153,41 @@ class PriceMeter:
     ) -> None:
         """Add what x and dY say about each rung of a weight; runs in the backward pass."""
         is_table = isinstance(module, torch.nn.Embedding)
-        outputs = gradient if gradient.ndim > 2 else gradient[None]
+        outputs = (gradient if gradient.ndim > 2 else gradient[None]).detach()
         keep = mask if mask is not None and outputs.shape[:2] == mask.shape else None
         x = inputs.detach().reshape(outputs.shape[:2] if is_table else (*outputs.shape[:2], -1))
-        outputs = outputs.detach() / self._loss_scale
-        steepness = outputs.double().square().mean(-1)
-        for rung, error in self._errors(name, outputs):
-            changes, squares = _first_order(error, x, outputs, keep, is_table)
+        steep = steepness(outputs)
+        columns = 1 if is_table else x.shape[-1]
+        for rung, shifted in self._shifted(name, x, outputs, is_table):
+            changes, squares = first_order(shifted, outputs, keep, columns)
+            # the sums are divided: gradients would underflow in float16
+            changes = changes / self._loss_scale
             key, before = (name, rung), self._changes[name, rung].get(batch)
             # a tied tensor has one change: that of all its uses
-            self._changes[key][batch] = changes if before is None else _both(before, changes)
+            self._changes[key][batch] = changes if before is None else both(before, changes)
             for sums, value in (
-                (self._guards, (steepness * squares).sum()),
+                (self._guards, (steep * squares).sum() / self._loss_scale**2),
                 (self._squares, squares.sum()),
             ):
                 sums[key] = sums[key] + value if key in sums else value
         self._tokens[name] += int(keep.sum()) if keep is not None else outputs[..., 0].numel()
 
-    def _errors(self, name: str, like: torch.Tensor) -> Iterator[tuple[str, torch.Tensor]]:
-        weight = self._source(name).detach().to(like.device)
-        wide = torch.float64 if like.dtype == torch.float64 else torch.float32
-        for rung in self._rungs[name]:
-            if rung != SIXTEEN_BIT:
-                rounded = self._quantize(weight, rung, self._column_weights.get(name))
-                yield rung, (rounded.to(wide) - weight.to(wide)).to(self._gemm_dtype or wide)
+    def _shifted(
+        self, name: str, x: torch.Tensor, outputs: torch.Tensor, is_table: bool
+    ) -> Iterator[tuple[str, Shifted]]:
+        weight = self._source(name).detach()
+        rungs = [rung for rung in self._rungs[name] if rung != SIXTEEN_BIT]
+        columns = self._column_weights.get(name)
+        if is_table:
+            return shifted_lookups(weight, rungs, self._quantize, columns, x, outputs)
+        return shifted_outputs(weight, rungs, self._quantize, columns, x, outputs, self._gemm_dtype)
 
     def prices(self) -> Prices:
         """What was measured so far, by weight and rung; 16 bit costs nothing.
 
         Raises:
-            UserError: no backward pass came by, or some numbers are infinite or NaN.
+            UserError: no backward pass came by.
+            BrokenNumbers: some are infinite or NaN.
         """
         if not self._changes:
             raise UserError(
@@ -183,7 +203,7 @@ class PriceMeter:
             for rung in rungs:
                 price = self._price(name, rung)
                 if not math.isfinite(price.price + price.output_error):
-                    raise UserError(
+                    raise BrokenNumbers(
                         f"the price of {name} on {rung} is infinite or NaN",
                         do="Look whether the loss of the calibration data is, or use bfloat16",
                     )
@@ -220,16 +240,29 @@ def measure_prices(model: Any, batches: Iterable[Mapping[str, Any]], **options: 
     """Prices of all weights and rungs from a forward and backward pass over each of `batches`.
 
     Gradients go to the embedding's output and nowhere else: no parameter's `grad` or
-    `requires_grad` changes. The model stays in the mode it is in; dropout would be noise.
+    `requires_grad` changes. The model stays in the mode it is in; dropout would be noise. A model
+    that computes in float16 gets a loss scale, and is measured again if that was too much.
 
     Args:
-        model: as for `PriceMeter`, like `options`.
+        model: as for `PriceMeter`, like `options`, of which `loss_scale` is chosen here.
         batches: keyword arguments of the model's forward, labels among them.
 
     Raises:
         UserError: a batch without labels, a loss that is infinite or NaN, no batch.
     """
-    with PriceMeter(model, **options) as meter, torch.enable_grad():
+    given = list(batches)
+    if _computes_in_float16(model):
+        for scale in _FLOAT16_LOSS_SCALES:
+            with contextlib.suppress(BrokenNumbers):
+                return _measured(model, given, loss_scale=scale, **options)
+    return _measured(model, given, **options)
+
+
+def _measured(
+    model: Any, batches: Iterable[Mapping[str, Any]], loss_scale: float = 1.0, **options: Any
+) -> Prices:
+    meter = PriceMeter(model, loss_scale=loss_scale, **options)
+    with meter, torch.enable_grad():
         for index, batch in enumerate(batches):
             loss = model(**{"use_cache": False, **batch}).loss
             if loss is None or not torch.isfinite(loss):
@@ -239,45 +272,17 @@ def measure_prices(model: Any, batches: Iterable[Mapping[str, Any]], **options: 
                     allowed="labels on some tokens, and a finite loss",
                     do="Look at the calibration data with show_tokens",
                 )
-            torch.autograd.grad(loss, meter.anchors, allow_unused=True)
+            # a loss in float16 would overflow
+            scaled = loss.float() * loss_scale if loss_scale != 1.0 else loss
+            torch.autograd.grad(scaled, meter.anchors, allow_unused=True)
     return meter.prices()
 
 
-def _first_order(
-    error: torch.Tensor,
-    x: torch.Tensor,
-    gradient: torch.Tensor,
-    keep: torch.Tensor | None,
-    is_table: bool,
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """(<dY, E x> of each row, |E x|^2 of each token: 0 where `keep` is False), in float64.
-
-    Args:
-        error: E, shape (out, in), or (vocabulary, out) of a table.
-        x: shape (rows, tokens, in), or token ids of shape (rows, tokens).
-        gradient: dY, shape (rows, tokens, out).
-        keep: False on padding, shape (rows, tokens).
-    """
-    changes = gradient.new_zeros(gradient.shape[0], dtype=torch.float64)
-    squares = gradient.new_zeros(gradient.shape[:2], dtype=torch.float64)
-    width = gradient.shape[-1]
-    step = max(1, _CHUNK // max(1, gradient[..., 0].numel()))
-    for start in range(0, width, step):
-        part = slice(start, min(start + step, width))
-        shifted = error[x, part] if is_table else x.to(error.dtype) @ error[part].T
-        if shifted.dtype not in (torch.float32, torch.float64):
-            shifted = shifted.float()
-        if keep is not None:
-            shifted = shifted.masked_fill(~keep.to(shifted.device)[..., None], 0.0)
-        met = shifted * gradient[..., part].to(shifted.dtype)
-        changes += met.sum((1, 2), dtype=torch.float64)
-        squares += shifted.square().sum(-1, dtype=torch.float64)
-    return changes, squares
-
-
-def _both(first: torch.Tensor, second: torch.Tensor) -> torch.Tensor:
-    # uses that are laid out differently agree in their sums only
-    return first + second if first.shape == second.shape else (first.sum() + second.sum())[None]
+def _computes_in_float16(model: torch.nn.Module) -> bool:
+    """Also where the weights are packed and only modules say what they are decoded to."""
+    return any(parameter.dtype == torch.float16 for parameter in model.parameters()) or any(
+        getattr(module, "compute_dtype", None) == torch.float16 for module in model.modules()
+    )
 
 
 def _own_weight(items: Mapping[str, WeightItem], name: str) -> torch.Tensor:

@@ -10,7 +10,8 @@ different once the adapters have learnt the form of the answers. So at 2, 10 and
 so that memory never exceeds the cap by more than one matrix. Adapters and their optimiser state are
 not touched. The last point lies at a third: what is left is trained on a base that stays.
 
-A weight that trains itself, or that the map does not name, keeps what it has.
+A weight that trains itself, that the map does not name, or that is under a DoRA layer keeps what it
+has: PEFT takes the norms of DoRA's weights, and of int8 it would take those of the codes.
 """
 
 from __future__ import annotations
@@ -201,8 +202,18 @@ def move_map(
 
 
 def _movable(model: Any, state: DynamicQuantization) -> list[LadderItem]:
-    """What may move: weights that the map names, that do not train, and that have prices."""
-    frozen = {item.name for item in weight_items(model) if not item.weight.requires_grad}
+    """What may move: frozen weights that the map names, with prices, and not under DoRA."""
+    # PEFT keeps a magnitude for each adapter that is DoRA's
+    under_dora = {
+        id(layer.base_layer)
+        for layer in model.modules()
+        if getattr(layer, "lora_magnitude_vector", None)
+    }
+    frozen = {
+        item.name
+        for item in weight_items(model)
+        if not item.weight.requires_grad and not under_dora & set(map(id, item.modules))
+    }
     names = frozen & state.map.placements.keys()
     prices = {name: rungs for name, rungs in state.prices.items() if name in names}
     return [

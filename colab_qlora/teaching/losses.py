@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 
-from colab_qlora.quantization.calibration import IGNORED, ROWS, calibration_batches
+from colab_qlora.quantization.calibration import IGNORED, labelled_batches
 
 __all__ = ["answer_loss"]
 
@@ -21,7 +21,7 @@ def answer_loss(
     Args:
         model: a causal language model; it is left as it was.
         tokenizer: its own.
-        rows: as for `from_pretrained(calibration_data=...)`; 16 at a time have 256 tokens or more.
+        rows: as for `from_pretrained(calibration_data=...)`.
         max_seq_length: tokens of a row, at most.
     """
     device = next(model.parameters()).device
@@ -29,12 +29,10 @@ def answer_loss(
     model.eval()
     total, count = 0.0, 0
     try:
-        for start in range(0, len(rows), ROWS):
-            part = rows[start : start + ROWS]
-            for batch in calibration_batches(part, tokenizer, max_seq_length, device):
-                labelled = int((batch["labels"][:, 1:] != IGNORED).sum())
-                total += float(model(**batch, use_cache=False).loss) * labelled
-                count += labelled
+        for batch in labelled_batches(rows, tokenizer, max_seq_length, device):
+            labelled = int((batch["labels"][:, 1:] != IGNORED).sum())
+            total += float(model(**batch, use_cache=False).loss) * labelled
+            count += labelled
     finally:
         model.train(was_training)
     return total / count

@@ -1,11 +1,13 @@
 """The best adapter of a run in a folder that PEFT loads, never half written.
 
-    best_adapter/adapter_config.json          written once
-    best_adapter/adapter_model.safetensors    replaced whole; step and eval loss are in its header
+    best_adapter/adapter_config.json            written once
+    best_adapter/adapter_model.safetensors      replaced whole; step and eval loss in its header
+    best_adapter/quantization_map.safetensors   of a dynamically quantised base, as of that step
 
 The folder appears by being renamed, and later only the file of weights is replaced, by a rename
-too. So a kill at any moment leaves the old adapter or the new one, with the step that belongs to
-it.
+too. Where the base has changed, weights and map belong together: the whole folder is replaced, and
+the one before waits beside it under another name, which a resumed run undoes. So a kill at any
+moment leaves the old adapter or the new one, with the step and the map that belong to it.
 """
 
 from __future__ import annotations
@@ -14,9 +16,14 @@ import contextlib
 import math
 import os
 import shutil
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from colab_qlora.quantization.dynamic import dynamic_state
+from colab_qlora.quantization.map_file import FILE as _MAP
+from colab_qlora.quantization.map_file import save_map
+from colab_qlora.quantization.remaking import follow_or_say
 from colab_qlora.training.adapter_state import adapter_name, adapter_tensors, write_
 
 __all__ = ["FOLDER_NAME", "BestAdapter", "move_aside"]
@@ -65,31 +72,54 @@ class BestAdapter:
         try:
             save_file(weights, part / _WEIGHTS, metadata=about)
             _flush(part / _WEIGHTS)
+            if (state := dynamic_state(model)) is not None:
+                _flush(save_map(state, part))
             # whatever else lies in the folder is another run's, unless this run has written there
-            if self.step is not None and (self.folder / "adapter_config.json").is_file():
+            is_ours = self.step is not None and (self.folder / "adapter_config.json").is_file()
+            if is_ours and _content(part / _MAP) == _content(self.folder / _MAP):
                 os.replace(part / _WEIGHTS, self.folder / _WEIGHTS)
             else:
                 _write_config(model, part)
-                shutil.rmtree(self.folder, ignore_errors=True)
-                os.replace(part, self.folder)
+                self._replace_folder(part, is_ours)
         finally:
             shutil.rmtree(part, ignore_errors=True)
         self.step, self.eval_loss, self.is_in_model = step, float(eval_loss), False
 
-    def put_back_(self, model: Any) -> None:
-        """Write the weights into the model's own parameters.
+    def put_back_(self, model: Any, say: Callable[[str], None] = print) -> None:
+        """Write the weights into the model's own parameters, over the base of their step.
+
+        Args:
+            model: of the run.
+            say: takes a line if the base cannot be brought back.
 
         Raises:
             UserError: the folder's adapter is not of this model's shape.
         """
         from safetensors.torch import load_file
 
-        write_(adapter_tensors(model), load_file(self.folder / _WEIGHTS), str(self.folder))
+        weights = load_file(self.folder / _WEIGHTS)
+        follow_or_say(model, self.folder, say)
+        write_(adapter_tensors(model), weights, str(self.folder))
         self.is_in_model = True
+
+    def _replace_folder(self, part: Path, is_ours: bool) -> None:
+        before = _before(self.folder)
+        shutil.rmtree(before, ignore_errors=True)
+        if is_ours:
+            os.replace(self.folder, before)
+        else:
+            shutil.rmtree(self.folder, ignore_errors=True)
+        try:
+            os.replace(part, self.folder)
+        except OSError:
+            _undo(self.folder)
+            raise
+        shutil.rmtree(before, ignore_errors=True)
 
     def _read(self) -> None:
         from safetensors import SafetensorError, safe_open
 
+        _undo(self.folder)
         try:
             with safe_open(self.folder / _WEIGHTS, framework="pt") as file:
                 about = file.metadata() or {}
@@ -102,8 +132,23 @@ class BestAdapter:
 def move_aside(output_dir: str | Path, aside: str | Path) -> None:
     """Move the best adapter of an earlier run to where its checkpoints are now."""
     old = Path(output_dir) / FOLDER_NAME
+    _undo(old)
     if old.is_dir():
         old.rename(Path(aside) / FOLDER_NAME)
+
+
+def _before(folder: Path) -> Path:
+    return folder.with_name(f".{folder.name}.before")
+
+
+def _undo(folder: Path) -> None:
+    """Take the folder before back where a kill came between two renames."""
+    if not folder.exists() and _before(folder).is_dir():
+        os.replace(_before(folder), folder)
+
+
+def _content(path: Path) -> bytes | None:
+    return path.read_bytes() if path.is_file() else None
 
 
 def _write_config(model: Any, folder: Path) -> None:

@@ -36,7 +36,8 @@ class LossLogCallback(TrainerCallback):
     happens.
 
     A resumed run first drops the records after the step that it resumes from, so that the file
-    reads like one unbroken run.
+    reads like one unbroken run. The last record of a run that ended in this process says so, with
+    the reason where the run was stopped; of a process that was killed there is none.
 
     Attributes:
         run: hyperparameters for the head of the log.
@@ -47,6 +48,7 @@ class LossLogCallback(TrainerCallback):
         self.run = run or {}
         self.log: LossLog | None = None
         self._is_open = False
+        self._stop_reason: str | None = None
         self._began = 0.0
         self._seconds_before = 0.0
         self._tokens_before = 0
@@ -57,6 +59,7 @@ class LossLogCallback(TrainerCallback):
         path = Path(args.output_dir) / LOG_NAME
         self.log, self._is_open = LossLog.open(path, run=self.run), True
         self.log.truncate_after(state.global_step)
+        self._stop_reason = None
         kept = self.log.records
         self._seconds_before = float(kept[-1].get("seconds", 0.0)) if kept else 0.0
         self._tokens_before = max((int(r.get("tokens") or 0) for r in kept), default=0)
@@ -86,11 +89,32 @@ class LossLogCallback(TrainerCallback):
             # a resumed run counts its seconds from the last record, of whatever kind
             self.log.append({"step": step, "event": text, "seconds": self._seconds()})
 
+    def note_stop(self, reason: str) -> None:
+        """Have the last record give this as the reason why the run was stopped."""
+        self._stop_reason = reason
+
+    def note_end(self, step: int, reason: str | None = None) -> None:
+        """Write the last record of the run and close the file; a second call does nothing.
+
+        Args:
+            step: the last finished step.
+            reason: why the run was stopped, for the plot to mark; None for a whole run.
+        """
+        if self.log is not None and self._is_open:
+            end: dict[str, Any] = {"step": step, "is_end": True, "seconds": self._seconds()}
+            # what was trained is not to be lost for want of room for this line
+            with contextlib.suppress(OSError):
+                self.log.append(end if reason is None else end | {"event": reason})
+        self.close()
+
     def _seconds(self) -> float:
         return round(self._seconds_before + time.monotonic() - self._began, 3)
 
     def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        self.close()
+        reason = self._stop_reason
+        if reason is None and state.global_step < state.max_steps:
+            reason = f"stopped at step {state.global_step:,} of {state.max_steps:,}"
+        self.note_end(state.global_step, reason)
 
     def close(self) -> None:
         """Close the file; what was logged stays readable. A second call does nothing."""

@@ -112,7 +112,7 @@ class EarlyStopping(LogReader):
         if self.best is None or self.best.step is None or self.best.is_in_model:
             return
         try:
-            self.best.put_back_(model)
+            self.best.put_back_(model, self._say)
         except (OSError, SafetensorError) as error:
             self._say(f"the best adapter could not be read ({error}); the last one stays")
             return
@@ -140,6 +140,7 @@ class EarlyStopping(LogReader):
             return
         self.stopped_by = verdict
         control.should_training_stop = True
+        self.note_stop(f"stopped early: {verdict.title}")
         self._say(
             f"stopped early at step {step:,}: {verdict.title} ({verdict.confidence}), because "
             f"{verdict.because}"

@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import gc
 import hashlib
+import json
 import math
 import time
 from collections.abc import Callable, Sequence
@@ -29,8 +30,10 @@ from colab_qlora.curves.paired import RowLosses
 from colab_qlora.curves.remedies.changes import rate_text
 from colab_qlora.curves.sweep import SweepResult, SweepRun, first_broken_step, in_order
 from colab_qlora.errors import UserError
+from colab_qlora.quantization.dynamic import dynamic_state
 from colab_qlora.training.dataset_checks import data_hash
 from colab_qlora.training.early_stopping import EarlyStopping
+from colab_qlora.training.quantization_schedule import QuantizationSchedule
 from colab_qlora.training.resume import LOG_NAME
 from colab_qlora.training.row_losses import row_losses
 from colab_qlora.training.run_settings import run_settings
@@ -88,6 +91,7 @@ def learning_rate_sweep(
         if base is None:
             base = row_losses(trainer)
         _turn_off_early_stopping(trainer, say)
+        _turn_off_precision_changes(trainer, say)
         runs.append(_run(trainer, rate, steps))
         # an 8B model fits once, not twice
         del trainer
@@ -146,12 +150,22 @@ class _SweepCallback(TrainerCallback):
 
 def _turn_off_early_stopping(trainer: Any, say: Callable[[str], None]) -> None:
     # a run that ends early, or with an earlier adapter, cannot be compared with the others
-    kinds = (EarlyStopping, EarlyStoppingCallback)
+    if _remove(trainer, EarlyStopping, EarlyStoppingCallback):
+        say("early stopping is off in a sweep: all runs have the same number of steps")
+
+
+def _turn_off_precision_changes(trainer: Any, say: Callable[[str], None]) -> None:
+    # each run would end on a base of its own, and with one model for all the next would start there
+    if _remove(trainer, QuantizationSchedule):
+        say("precision does not change in a sweep: all runs have the same base")
+
+
+def _remove(trainer: Any, *kinds: type) -> bool:
+    """Remove the callbacks of these kinds; whether there were any."""
     found = [c for c in trainer.callback_handler.callbacks if isinstance(c, kinds)]
     for callback in found:
         trainer.remove_callback(callback)
-    if found:
-        say("early stopping is off in a sweep: all runs have the same number of steps")
+    return bool(found)
 
 
 def _trainable(model: Any) -> list[tuple[str, Any]]:
@@ -214,6 +228,10 @@ def _what_must_agree(trainer: Any) -> dict[str, Any]:
     for name, value in _trainable(trainer.model):
         weights.update(name.encode())
         weights.update(value.detach().cpu().contiguous().view(torch.uint8).numpy().tobytes())
+    state = dynamic_state(trainer.model)
+    if state is not None:
+        rungs = json.dumps(state.map.rungs, sort_keys=True).encode()
+        found["precisions of the base"] = hashlib.sha256(rungs).hexdigest()[:12]
     return found | {
         "data_seed": trainer.args.data_seed,
         "eval_rows": len(trainer.eval_dataset),

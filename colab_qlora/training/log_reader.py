@@ -81,6 +81,11 @@ class LogReader(TrainerCallback):
         """
         self.is_running = False
 
+    def note_stop(self, reason: str) -> None:
+        """Have the log say why this callback stops the run."""
+        if self._source is not None:
+            self._source.note_stop(reason)
+
     def diagnosis(self, *, is_finished: bool = False) -> Diagnosis | None:
         """What the log shows now; None, said once, where reading it failed."""
         from colab_qlora.curves.diagnose import diagnose

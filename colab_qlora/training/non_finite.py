@@ -2,8 +2,9 @@
 
 A loss that is nan has usually made nan of the weights by the time that it is logged, since the
 optimiser's step comes first. So a copy of the adapter waits in host memory, renewed after logs in
-which all was finite, as often as 0.5 % of the time allows. An isolated non-finite gradient in fp16
-is the loss scaler's skip, and no reason to stop; the diagnosis tells them apart.
+which all was finite, as often as 0.5 % of the time allows; with it the map of a base whose weights
+change their precision. An isolated non-finite gradient in fp16 is the loss scaler's skip, and no
+reason to stop; the diagnosis tells them apart.
 """
 
 from __future__ import annotations
@@ -18,6 +19,7 @@ import torch
 from colab_qlora.curves.logs.points import train_points
 from colab_qlora.curves.logs.records import number_or_none
 from colab_qlora.curves.verdicts import Verdict
+from colab_qlora.quantization.remaking import MapCopy, follow_or_say
 from colab_qlora.training.adapter_state import adapter_name, adapter_tensors, is_finite, write_
 from colab_qlora.training.early_stopping import EarlyStopping
 from colab_qlora.training.log_reader import Diagnose, LogReader
@@ -50,13 +52,14 @@ class StopOnNonFinite(LogReader):
         self.stopped_by: Verdict | None = None
         self._has_warned = False
         self._copy: dict[str, torch.Tensor] = {}
+        self._copy_base: MapCopy | None = None
         self._copy_step = 0
         self._next_copy = 0.0
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         super().on_train_begin(args, state, control, **kwargs)
         self.stopped_by, self._copy, self._next_copy = None, {}, 0.0
-        self._has_warned = False
+        self._copy_base, self._has_warned = None, False
         self._keep(kwargs.get("model"), state.global_step)
         # the first copy takes longer than those to come
         self._next_copy = 0.0
@@ -93,7 +96,7 @@ class StopOnNonFinite(LogReader):
     def run_ended(self) -> None:
         """Let the copy go."""
         super().run_ended()
-        self._copy = {}
+        self._copy, self._copy_base = {}, None
 
     def _is_sound(self, model: Any) -> bool:
         """Whether the trained weights and every train loss so far are finite."""
@@ -119,7 +122,7 @@ class StopOnNonFinite(LogReader):
                 write_(self._copy, tensors, "the model")
             else:
                 self._copy = {n: t.to("cpu", copy=True) for n, t in tensors.items()}
-            self._copy_step = step
+            self._copy_step, self._copy_base = step, MapCopy.of(model)
         ended = time.monotonic()
         self._next_copy = ended + _SECONDS_BETWEEN * (ended - began)
 
@@ -127,6 +130,7 @@ class StopOnNonFinite(LogReader):
         self.stopped_by = verdict
         control.should_training_stop = True
         control.should_save = control.should_evaluate = False
+        self.note_stop(f"stopped: {verdict.title}")
         given_back = self._give_back(model)
         self._say(
             f"stopped at step {step:,}, because {verdict.because}; {given_back}. "
@@ -137,7 +141,7 @@ class StopOnNonFinite(LogReader):
         """Put the newest good adapter into the model; a clause that says which it is."""
         best = self.early_stopping.best if self.early_stopping is not None else None
         if best is not None and best.step is not None:
-            best.put_back_(model)
+            best.put_back_(model, self._say)
             return f"the adapter is the best so far, of {best}"
         if adapter_name(model) is None:
             return "the weights are not finite: load the model, or its last checkpoint, again"
@@ -146,6 +150,7 @@ class StopOnNonFinite(LogReader):
             return "the adapter is finite and stays as it is"
         if not self._copy:
             return "there is no finite adapter to give back"
+        follow_or_say(model, self._copy_base, self._say)
         write_(tensors, self._copy, "the copy")
         if self._copy_step == 0:
             return "the adapter is as it was before training, the last finite one kept"

@@ -7,6 +7,7 @@ from typing import Any
 from datasets import Dataset
 
 from colab_qlora.models.settings import settings_of
+from colab_qlora.quantization.dynamic import dynamic_state
 from colab_qlora.training.dataset_checks import data_hash
 
 _ARGUMENTS = (
@@ -44,6 +45,10 @@ def run_settings(trainer: Any) -> dict[str, Any]:
     settings = settings_of(model)
     if settings is not None:
         run |= {"model_name": settings.model_name, "compute_dtype": settings.compute_dtype}
+    state = dynamic_state(model)
+    is_nf4 = getattr(model, "is_loaded_in_4bit", False)
+    run["quantization"] = "dynamic" if state is not None else "nf4" if is_nf4 else None
+    run["quantization_budget"] = None if state is None else state.budget
     if isinstance(rows, Dataset):
         run |= {"train_rows": len(rows), "data_hash": data_hash(rows)}
     lora = getattr(model, "peft_config", {}).get("default")

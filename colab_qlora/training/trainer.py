@@ -9,9 +9,8 @@ disk, and resuming from the newest whole checkpoint.
 from __future__ import annotations
 
 import math
-import shutil
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any
 
 import torch
 from transformers import PrinterCallback, ProgressCallback, TrainerState
@@ -19,28 +18,24 @@ from transformers.trainer_utils import TrainOutput
 from transformers.utils.notebook import NotebookProgressCallback
 
 from colab_qlora.errors import UserError
-from colab_qlora.models.fuse import state_of
 from colab_qlora.models.smart import runtime_of
-from colab_qlora.quantization.remaking import follow_map
+from colab_qlora.quantization.remaking import follow_map, follow_or_say
 from colab_qlora.quantization.schedule import ScheduleSettings
 from colab_qlora.training.adapter_dtype import adapters_kept, adapters_to_float32
-from colab_qlora.training.adapter_state import adapter_name, adapter_tensors, is_finite
 from colab_qlora.training.arguments import TRAINER_ARGUMENTS, fit_arguments
 from colab_qlora.training.best_adapter import move_aside
 from colab_qlora.training.callbacks import LossLogCallback
 from colab_qlora.training.dataset_checks import as_dataset, check_dataset
 from colab_qlora.training.early_stopping import EarlyStopping
 from colab_qlora.training.failures import is_disk_full, is_out_of_memory
-from colab_qlora.training.fused_trainer import FusedTrainer
 from colab_qlora.training.live_callbacks import LossPlot, readers_for
-from colab_qlora.training.log_reader import LogReader
 from colab_qlora.training.quantization_schedule import QuantizationSchedule, schedules_for
+from colab_qlora.training.rescue import RescuingTrainer
 from colab_qlora.training.resume import (
     check_checkpoint,
     last_complete_checkpoint,
     other_settings,
     set_aside,
-    what_is_missing,
 )
 from colab_qlora.training.run_settings import run_settings
 from colab_qlora.work import check_writable
@@ -49,7 +44,7 @@ from colab_qlora.work import check_writable
 INITIAL_LOSS_SCALE = 2.0**13
 
 
-class SFTTrainer(FusedTrainer):
+class SFTTrainer(RescuingTrainer):
     """Supervised fine-tuning. Takes all that `trl.SFTTrainer` takes, and:
 
     Args:
@@ -94,50 +89,48 @@ class SFTTrainer(FusedTrainer):
     ) -> None:
         self.notes = []
         tokenizer = _checked_tokenizer(model, tokenizer, processing_class)
-        args = fit_arguments(
-            args,
-            model,
-            has_eval_dataset=eval_dataset is not None,
-            overrides=_older_arguments(kwargs),
-            say=self._say,
-        )
-        if early_stopping and isinstance(eval_dataset, dict):
-            raise UserError(
-                "early stopping follows one eval loss",
-                got=f"{len(eval_dataset)} eval sets ({', '.join(map(str, eval_dataset))})",
-                do="Pass the one that counts as eval_dataset",
-            )
+        older, has_eval = _older_arguments(kwargs), eval_dataset is not None
+        args = fit_arguments(args, model, has_eval_dataset=has_eval, overrides=older, say=self._say)
+        _check_one_eval_set(early_stopping, eval_dataset)
         check_writable(args.output_dir)
-        train_dataset = as_dataset(train_dataset, "train_dataset")
-        eval_dataset = None if eval_dataset is None else as_dataset(eval_dataset, "eval_dataset")
-        datasets = {"train": train_dataset, "eval": eval_dataset}
-        self._check_rows(datasets, tokenizer, args, kwargs.get("formatting_func"))
+        datasets = {"train_dataset": train_dataset, "eval_dataset": eval_dataset}
+        datasets = self._checked_rows(datasets, tokenizer, args, kwargs.get("formatting_func"))
         with adapters_kept(model):
             super().__init__(
                 model=model,
                 args=args,
                 data_collator=data_collator,
-                train_dataset=train_dataset,
-                eval_dataset=eval_dataset,
                 processing_class=tokenizer,
+                **datasets,
                 **kwargs,
             )
-        adapters_to_float32(self.model)
-        if self.args.fp16 and self.accelerator.scaler is not None:
-            self.accelerator.scaler = torch.amp.GradScaler("cuda", init_scale=INITIAL_LOSS_SCALE)
+        self._set_precision()
         self._report_in_one_way()
         given = self.callback_handler.callbacks
         readers = readers_for(given, live_plot, early_stopping, stop_on_non_finite)
         for reader in [*readers, *schedules_for(self, quantization_schedule)]:
             self.add_callback(reader)
 
-    def _check_rows(
-        self, datasets: dict[str, Any], tokenizer: Any, args: Any, formatting: Any
-    ) -> None:
-        for name, dataset in datasets.items():
-            note = check_dataset(dataset, name, tokenizer, args, formatting) if dataset else None
+    def _set_precision(self) -> None:
+        adapters_to_float32(self.model)
+        if self.args.fp16 and self.accelerator.scaler is not None:
+            self.accelerator.scaler = torch.amp.GradScaler("cuda", init_scale=INITIAL_LOSS_SCALE)
+
+    def _checked_rows(
+        self, given: dict[str, Any], tokenizer: Any, args: Any, formatting: Any
+    ) -> dict[str, Any]:
+        """The rows as datasets, by the name of their argument; says what was noted of them."""
+        found: dict[str, Any] = {}
+        for name, rows in given.items():
+            # a missing train set is an error there, and a missing eval set none
+            is_left_out = rows is None and name == "eval_dataset"
+            found[name] = None if is_left_out else as_dataset(rows, name)
+        for name, dataset in found.items():
+            kind = name.removesuffix("_dataset")
+            note = check_dataset(dataset, kind, tokenizer, args, formatting) if dataset else None
             if note:
                 self._say(note)
+        return found
 
     def _report_in_one_way(self) -> None:
         # one kind of progress report; the notebook table would hide the training loss between evals
@@ -159,8 +152,10 @@ class SFTTrainer(FusedTrainer):
         follow_map(self.model, resume_from_checkpoint, self._say)
         super()._load_from_checkpoint(resume_from_checkpoint, model)
 
-    def _readers(self) -> list[LogReader]:
-        return [c for c in self.callback_handler.callbacks if isinstance(c, LogReader)]
+    def _load_best_model(self) -> None:
+        # so was the best one, and over others if precision changed since
+        follow_or_say(self.model, self.state.best_model_checkpoint, self._say)
+        super()._load_best_model()
 
     def train(  # type: ignore[override]  # the rest of Trainer.train's arguments pass through
         self, resume_from_checkpoint: str | bool | None = None, **kwargs: Any
@@ -194,10 +189,11 @@ class SFTTrainer(FusedTrainer):
             self._say_peak_memory()
             return result
         except KeyboardInterrupt:
-            saved = self._rescue()
-            self._say(f"interrupted; {saved}")
+            self._loss_log.note_end(self.state.global_step, "interrupted")
+            self._say(f"interrupted; {self._rescue()}")
             raise
         except Exception as error:  # safetensors and torch each raise types of their own
+            self._loss_log.note_end(self.state.global_step, f"stopped by {type(error).__name__}")
             if is_out_of_memory(error):
                 self._stop_out_of_memory(error)
             if is_disk_full(error):
@@ -260,71 +256,6 @@ class SFTTrainer(FusedTrainer):
         self._say(f"going on from {found}")
         return str(found)
 
-    def _stop_out_of_memory(self, error: BaseException) -> NoReturn:
-        self.model.zero_grad(set_to_none=True)  # type: ignore[union-attr]
-        state = state_of(self.model)
-        if state is not None:
-            state.scratch.free()  # as large as the batch that did not fit
-        if torch.cuda.is_available():
-            torch.cuda.empty_cache()
-        args: Any = self.args
-        batch = f"{args.per_device_train_batch_size} rows x {args.max_length} tokens"
-        raise UserError(
-            f"out of memory at {batch}; {self._rescue()}",
-            got=str(error).split(". ")[0],
-            do=self._smaller_step(),
-        ) from error
-
-    def _stop_disk_full(self, error: BaseException, folder: str) -> NoReturn:
-        # what was half written is of no use and takes the space that is missing
-        half = Path(folder) / f"checkpoint-{self.state.global_step}"
-        if half.is_dir() and what_is_missing(half):
-            shutil.rmtree(half, ignore_errors=True)
-        raise UserError(
-            f"the disk is full: something of step {self.state.global_step} could not be written "
-            f"in {folder}; earlier checkpoints are whole",
-            got=str(error).splitlines()[0],
-            do="Free some space (or set save_total_limit=1), then "
-            "trainer.train(resume_from_checkpoint=True)",
-        ) from error
-
-    def _smaller_step(self) -> str:
-        rows, steps = self.args.per_device_train_batch_size, self.args.gradient_accumulation_steps
-        if rows > 1:
-            half = rows // 2
-            return (
-                f"Set per_device_train_batch_size={half} and gradient_accumulation_steps="
-                f"{steps * rows // half}: the same training in less memory"
-            )
-        if not self.args.gradient_checkpointing:
-            return "Pass use_gradient_checkpointing='smart' to get_peft_model"
-        length = getattr(self.args, "max_length", None)
-        return f"Lower max_seq_length to {length // 2}" if length else "Set max_seq_length=1024"
-
-    def _rescue(self) -> str:
-        """Save a checkpoint of the last finished step; in words what there is on disk now."""
-        kept = [reader.kept() for reader in self._readers() if isinstance(reader, EarlyStopping)]
-        return "; ".join([self._save_last_step(), *filter(None, kept)])
-
-    def _save_last_step(self) -> str:
-        """Save a checkpoint of the last finished step; a clause that says whether it worked."""
-        if self.state.global_step == 0:
-            return "no step was finished yet"
-        folder = Path(self.args.output_dir or ".") / f"checkpoint-{self.state.global_step}"
-        if adapter_name(self.model) and not is_finite(adapter_tensors(self.model)):
-            # it would push the last good checkpoint out
-            return f"step {self.state.global_step} is not finite and was not saved"
-        if what_is_missing(folder) is None:
-            # saved right after that step; a second save could only harm it
-            return f"step {self.state.global_step} is saved in {folder}"
-        try:
-            self._save_checkpoint(self.model, None)
-        except Exception as error:  # whatever went wrong, the first error is the one to show
-            return (
-                f"saving step {self.state.global_step} failed too ({type(error).__name__}: {error})"
-            )
-        return f"step {self.state.global_step} is saved in {folder}"
-
 
 def _checked_tokenizer(model: Any, tokenizer: Any, processing_class: Any) -> Any:
     """The tokenizer, whichever name it came under; an error if it or the model is not usable."""
@@ -343,3 +274,12 @@ def _older_arguments(kwargs: dict[str, Any]) -> dict[str, Any]:
     """Take the older arguments of the trainer out of `kwargs`, as fields of `SFTConfig`."""
     found = {field: kwargs.pop(name) for name, field in TRAINER_ARGUMENTS.items() if name in kwargs}
     return {field: value for field, value in found.items() if value is not None}
+
+
+def _check_one_eval_set(early_stopping: bool | EarlyStopping, eval_dataset: Any) -> None:
+    if early_stopping and isinstance(eval_dataset, dict):
+        raise UserError(
+            "early stopping follows one eval loss",
+            got=f"{len(eval_dataset)} eval sets ({', '.join(map(str, eval_dataset))})",
+            do="Pass the one that counts as eval_dataset",
+        )

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import re
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +12,7 @@ import pytest
 
 from colab_qlora.curves.advise import SETTINGS, Advice, advise
 from colab_qlora.curves.diagnose import diagnose
-from colab_qlora.curves.log import read_log
+from colab_qlora.curves.log import LossLog, read_log
 from colab_qlora.curves.remedies.by_verdict import REMEDIES
 from colab_qlora.curves.remedies.changes import rate_text
 from colab_qlora.curves.remedies.run_facts import USUAL_R, USUAL_RATE, WARMUP_SHARE, facts_of
@@ -309,6 +310,105 @@ def test_a_suspicion_waits_while_the_run_goes_on() -> None:
     chosen = advise(Diagnosis(both, 96, 96, 1.2, 2.5), RUN)
     assert chosen.verdict is not None
     assert chosen.verdict.name == "healthy"
+
+
+def test_who_knows_that_the_run_is_over_is_believed() -> None:
+    found = diagnosis_of("overfitting", confidence="watch", last_step=70)
+    # fewer steps than planned look like a run that goes on
+    assert advise(found, RUN).setting == "none"
+    assert advise(found, RUN, is_finished=True).setting == "num_train_epochs"
+    done = diagnosis_of("overfitting", confidence="watch")
+    waiting = advise(done, RUN, is_finished=False)
+    assert waiting.do.startswith("change nothing yet; let the run go on")
+    # without a plan the step stands alone
+    waiting = advise(done, None, is_finished=False)
+    assert "at step 96 this may still be chance" in waiting.why
+
+
+def test_the_log_or_the_diagnosis_says_that_the_run_is_over() -> None:
+    found = diagnosis_of("overfitting", confidence="watch", last_step=70)
+    assert facts_of(found, RUN).is_running
+    assert not facts_of(replace(found, is_finished=True), RUN).is_running
+    ended = LossLog([{"step": 70, "loss": 1.0}, {"step": 70, "is_end": True}], RUN)
+    assert not facts_of(found, ended).is_running
+    # what is passed counts for more, and what the diagnosis knows for more than the log
+    assert facts_of(replace(found, is_finished=True), RUN, is_finished=False).is_running
+    assert facts_of(replace(found, is_finished=False), ended).is_running
+
+
+def test_a_stopped_run_is_advised_to_do_what_it_planned() -> None:
+    falling = diagnosis_of("healthy", "still improving", last_step=40, best_step=40)
+    assert advise(falling, RUN).as_arguments() == {"num_train_epochs": 4}
+    stopped = advise(falling, RUN, is_finished=True)
+    assert stopped.do.startswith("go on to the planned end: trainer.train(resume_from_checkpoint=")
+    assert "it was stopped at step 40 of 96" in stopped.why
+    assert advise(falling, RUN, is_finished=False).do == "let the run go on"
+    # a log that lacks its last few records is that of a whole run
+    nearly = diagnosis_of("healthy", "still improving", last_step=90, best_step=90)
+    assert advise(nearly, RUN, is_finished=True).as_arguments() == {"num_train_epochs": 4}
+    assert advise(diagnosis_of("healthy"), RUN, is_finished=False).do == "let the run go on"
+    slow = advise(diagnosis_of("slow", last_step=40), RUN, is_finished=True)
+    assert slow.alternatives[0].do.startswith("go on to the planned end")
+
+
+def test_thin_evidence_of_a_run_that_is_known_to_be_over_or_not() -> None:
+    thin = diagnosis_of("not enough evidence", last_step=12)
+    assert advise(thin, RUN, is_finished=True).do.startswith("go on to the planned end")
+    short = {**RUN, "max_steps": 20}
+    assert advise(thin, short, is_finished=True).as_arguments() == {"max_steps": 40}
+    running = advise(thin, None, is_finished=False)
+    assert (running.do, running.setting) == ("let the run go on", "none")
+    assert running.why.endswith("it is at step 12")
+    assert advise(thin, RUN, is_finished=False).why.endswith("it is at step 12 of 96")
+
+
+PLURAL_OF_ONE = re.compile(r"(?<![\d.,=-])1 (epochs|steps|rows|times|evals)\b")
+ONE = {
+    **RUN,
+    "num_train_epochs": 1,
+    "per_device_train_batch_size": 1,
+    "gradient_accumulation_steps": 1,
+    "warmup_steps": 0,
+    "train_rows": 1,
+}
+
+
+@pytest.mark.parametrize("run", [ONE, {**ONE, "train_rows": 9}, {**ONE, "max_steps": 1}, None])
+@pytest.mark.parametrize("has_eval", [True, False])
+@pytest.mark.parametrize("name", NAMES)
+def test_one_of_a_thing_is_not_said_in_the_plural(name: str, has_eval: bool, run: Any) -> None:
+    make = diagnosis_of if has_eval else without_eval
+    for step, epochs in ((1, 1), (5, 1), (5, 2)):
+        settings = run and {**run, "num_train_epochs": epochs}
+        advice = advise(make(name, step=step, last_step=step), settings)
+        for change in (advice, *advice.alternatives):
+            for words in (change.do, change.why, change.expect):
+                assert not PLURAL_OF_ONE.search(words), words
+
+
+def test_one_of_a_thing_in_words() -> None:
+    one_step = advise(diagnosis_of("not enough evidence", last_step=1), None)
+    assert one_step.why.endswith("1 step is too few to read")
+    assert one_step.do == "set max_steps=40 (this run had 1 step)"
+    few = advise(diagnosis_of("not enough evidence", last_step=12), None)
+    assert few.why.endswith("12 steps are too few to read")
+    often = advise(without_eval("plateau"), ONE)
+    assert often.do.endswith("evaluate before the first step and every step")
+    unstable = advise(diagnosis_of("unstable"), {**ONE, "train_rows": 256})
+    (rows,) = [c for c in unstable.alternatives if "accumulation" in c.setting]
+    assert "averages over 1 row, and" in rows.why
+    known = advise(diagnosis_of("not learning"), RUN).alternatives[0]
+    assert known.why == "2e-4 is the usual 2e-4"
+
+
+def test_no_loss_scaler_is_named_where_the_run_has_none() -> None:
+    float16 = advise(diagnosis_of("skipped steps"), RUN)
+    assert (float16.do, float16.setting) == ("change nothing", "none")
+    assert "float16 training skips a step" in float16.why
+    for dtype in ("bfloat16", "float32", "torch.bfloat16"):
+        advice = advise(diagnosis_of("skipped steps"), {**RUN, "compute_dtype": dtype})
+        assert advice.setting == "data"
+        assert "float16 training" not in advice.text()
 
 
 def test_thin_evidence() -> None:

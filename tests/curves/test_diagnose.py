@@ -97,6 +97,16 @@ def test_broken_gradients_count_when_they_come_in_a_row():
     found = diagnose(records)
     assert found.main.name == "healthy"
     assert found.get("skipped steps").steps == (21, 41, 42, 71)
+    assert "loss scaler" not in found.text()
+    by_scaler = diagnose(records, run={"compute_dtype": "float16"})
+    assert ", steps skipped by the loss scaler" in by_scaler.text()
+    assert by_scaler.get("skipped steps").because.startswith("4 of 100 logs have a gradient norm")
+    without = diagnose(records, run={"compute_dtype": "bfloat16"})
+    assert without.names == by_scaler.names
+    assert ", single gradients that are nan or inf" in without.text()
+    skipped = without.get("skipped steps")
+    assert skipped.action == "look at the rows of steps 21, 41, 42 and 71"
+    assert "without float16 there is no loss scaler" in skipped.because
     records[41 + 1]["grad_norm"] = math.inf
     found = diagnose(records)
     assert (found.main.name, found.main.step) == ("non-finite", 41)
@@ -462,3 +472,27 @@ def test_a_spike_of_a_long_run_is_found_at_its_step():
 def test_an_eval_loss_that_broke_points_at_the_eval_rows():
     records = run_of(FALLING) + evals_at([0, 50], [2.0, math.nan])
     assert diagnose(records).main.action == "look for eval rows without labels"
+
+
+def test_whether_the_run_is_over_is_what_caller_or_log_says():
+    records = run_of(FALLING)
+    end = {"step": records[-1]["step"], "is_end": True}
+    assert diagnose(records).is_finished is None
+    assert diagnose([*records, end]).is_finished is True
+    for known in (True, False):
+        assert diagnose([*records, end], is_finished=known).is_finished is known
+    # a log that says nothing is read as a whole run, as before
+    assert diagnose(records).verdicts == diagnose(records, is_finished=True).verdicts
+
+
+def test_a_diagnosis_goes_through_the_records_once_for_each_key(monkeypatch):
+    from colab_qlora.curves.rules import train_readings
+
+    asked = []
+    stock = train_readings.points_of
+    monkeypatch.setattr(
+        train_readings, "points_of", lambda rows, key: asked.append(key) or stock(rows, key)
+    )
+    diagnose([r | {"grad_norm": 1.0, "epoch": r["step"] / 50} for r in run_of(FALLING)])
+    assert {"grad_norm", "learning_rate", "epoch"} <= set(asked)
+    assert len(asked) == len(set(asked))

@@ -14,6 +14,7 @@ import numpy as np
 import pytest
 
 from colab_qlora.curves.log import LossLog, eval_points, read_log, train_points, write_atomically
+from colab_qlora.curves.logs.runs import has_ended
 from colab_qlora.errors import UserError
 
 REPO = Path(__file__).resolve().parents[2]
@@ -208,6 +209,20 @@ def test_opening_an_existing_log_keeps_it_and_updates_the_header(tmp_path):
     assert log.run == {"epochs": 2}
     assert [record["step"] for record in log] == [1, 2, 3]
     assert os.listdir(tmp_path) == ["loss.jsonl"], "a temporary file stayed"
+
+
+def test_a_resumed_run_is_not_over(tmp_path):
+    path = tmp_path / "loss.jsonl"
+    with LossLog.open(path) as log:
+        log.append({"step": 1, "loss": 2.0})
+        log.append({"step": 1, "event": "interrupted", "is_end": True})
+    assert has_ended(read_log(path).records)
+    with LossLog.open(path) as log:
+        # at the step at which it ended, so that no step is after that
+        assert log.truncate_after(1) == 1
+    assert read_log(path).records == [{"step": 1, "loss": 2.0}]
+    assert not has_ended(read_log(path).records)
+    assert not has_ended([])
 
 
 def test_truncate_after(tmp_path):

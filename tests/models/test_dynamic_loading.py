@@ -60,7 +60,7 @@ def test_it_is_nearer_to_16_bit_than_plain_nf4(loaded, tiny_model_folder):
     assert (logits_of(model) - want).norm() < 0.7 * (logits_of(plain) - want).norm()
 
 
-def test_a_saved_adapter_brings_its_map_back(loaded, tmp_path):
+def test_a_saved_adapter_brings_its_map_back(loaded, tmp_path, capsys):
     model, tokenizer = loaded
     adapted = FastLanguageModel.get_peft_model(model, r=4, use_gradient_checkpointing=False)
     with torch.no_grad():
@@ -77,7 +77,26 @@ def test_a_saved_adapter_brings_its_map_back(loaded, tmp_path):
     # saved again, it has it still
     again.save_pretrained(tmp_path / "again")
     assert (tmp_path / "again" / FILE).is_file()
-    adapted.get_base_model()
+    capsys.readouterr()
+    dense, _ = FastLanguageModel.from_pretrained(str(tmp_path), 128, load_in_4bit=False)
+    assert dynamic_state(dense) is None
+    assert "loaded over 16 bit" in capsys.readouterr().out
+    with pytest.raises(UserError, match="quantization_budget is not understood"):
+        FastLanguageModel.from_pretrained(str(tmp_path), 128, quantization_budget="rubbish")
+    load(tmp_path, "+100%")
+    assert "quantization_budget and calibration_data are for a new one" in capsys.readouterr().out
+    FastLanguageModel.from_pretrained(str(tmp_path), 128, "bfloat16")
+    assert "computed in float32 and now in bfloat16" in capsys.readouterr().out
+    for method in (
+        adapted.merge_and_unload,
+        adapted.merge_adapter,
+        adapted.base_model.merge_adapter,
+    ):
+        with pytest.raises(UserError, match="would round the merged weights once more.*merge_16_b"):
+            method()
+    assert torch.equal(logits_of(adapted), want)
+    with pytest.raises(UserError, match="stock transformers would misread.*save_stock_checkpoint"):
+        adapted.get_base_model().save_pretrained(tmp_path / "base")
     adapted.unload()
 
 
@@ -131,3 +150,19 @@ def test_what_cannot_be_trained_in_8_bits_is_said_before(tiny_model_folder, samp
         FastLanguageModel.get_peft_model(model, modules_to_save=["embed_tokens"])
     with pytest.raises(UserError, match="DoRA needs the norms of weights"):
         FastLanguageModel.get_peft_model(model, use_dora=True)
+
+
+def test_data_are_looked_at_before_the_weights_are(tiny_model_folder, monkeypatch):
+    def loads(*args, **kwargs):
+        raise AssertionError("the model was loaded first")
+
+    monkeypatch.setattr("colab_qlora.models.loading._load_model", loads)
+    with pytest.raises(UserError, match="calibration_data is empty"):
+        load(tiny_model_folder, calibration_data=[])
+
+
+def test_auto_takes_what_the_planner_leaves(tiny_model_folder, monkeypatch):
+    monkeypatch.setattr("colab_qlora.models.dynamic_loading._spare_bytes", lambda *_: 12_345)
+    model, _ = load(tiny_model_folder, "auto")
+    state = dynamic_state(model)
+    assert state.cap_bytes == state.plain_bytes + 12_345

@@ -250,7 +250,9 @@ def test_the_loss_log_has_every_step(run: Run) -> None:
     # an evaluation before the first step and one at the end
     assert sorted(losses) == list(range(1, STEPS + 1))
     assert sorted(evals) == [0, STEPS]
-    assert len(records) == len(losses) + len(evals)
+    # and a last record, which says that the run is over
+    assert len(records) == len(losses) + len(evals) + 1
+    assert (records[-1]["step"], records[-1]["is_end"]) == (STEPS, True)
     values = [*losses.values(), *evals.values()]
     assert [value for value in values if not math.isfinite(float(value))] == []
 

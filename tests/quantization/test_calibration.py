@@ -60,8 +60,21 @@ def test_rows_are_cut_and_those_without_labels_left_out(tokenizer, sample_rows):
     batches = calibration_batches(sample_rows, tokenizer, 80)
     assert all(batch["input_ids"].shape[1] <= 80 for batch in batches)
     long_prompt = [{"prompt": "word " * 300, "completion": "short"}]
-    with pytest.raises(UserError, match="too short: got 0 tokens in 0 rows with labels"):
+    with pytest.raises(UserError, match="got 0 tokens in 0 rows with labels, of 8 rows"):
         calibration_batches(long_prompt * 8, tokenizer, 64)
+    # rows of four tokens: more of them
+    batches = calibration_batches(["red green blue"] * 500, tokenizer, 64)
+    assert sum(int(batch["attention_mask"].sum()) for batch in batches) >= 256
+
+
+@pytest.mark.model
+def test_rows_that_are_tokens_already(tokenizer):
+    rows = [{"input_ids": list(range(5, 45)), "labels": [-100] * 30 + list(range(35, 45))}] * 8
+    (batch,) = calibration_batches(rows, tokenizer, 64)
+    assert ((batch["labels"] != -100).sum(1) == 10).all()
+    for wrong in (len(tokenizer), -1):
+        with pytest.raises(UserError, match=f"no tokens of this model: got {wrong}; allowed: 0"):
+            calibration_batches([{"input_ids": [1, wrong, 3]}] * 200, tokenizer, 64)
 
 
 @pytest.mark.model

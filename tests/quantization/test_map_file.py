@@ -45,6 +45,7 @@ def test_it_comes_back_whole(tmp_path):
     assert found.column_weights.keys() == state.column_weights.keys()
     for name, values in state.column_weights.items():
         assert torch.equal(found.column_weights[name], values)
+    assert found.compute_dtype == "float16"
     assert (found.budget, found.has_data, found.history, found.base) == (
         "+5%",
         True,

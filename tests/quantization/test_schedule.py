@@ -19,7 +19,7 @@ from colab_qlora.quantization.live_prices import BrokenPrices, LivePrices, measu
 from colab_qlora.quantization.map_file import save_map
 from colab_qlora.quantization.placing import place, rung_of
 from colab_qlora.quantization.prices import measure_prices
-from colab_qlora.quantization.remaking import follow_map, readable
+from colab_qlora.quantization.remaking import MapCopy, follow_map, follow_or_say, readable
 from colab_qlora.quantization.rung_prices import RungPrice, ladder_items
 from colab_qlora.quantization.schedule import LastBatches, ScheduleSettings, move_map
 from colab_qlora.quantization.weight_source import SourceGone
@@ -424,6 +424,150 @@ def test_a_checkpoints_map_is_made_again(tmp_path):
     follow_map(gone, tmp_path, said.append)
     assert rungs_in(gone) == dynamic_state(gone).map.rungs
     assert ["budget" in said[0], "cannot be read" in said[1]] == [True, True]
+
+
+def promoted(model, step=4):
+    """Move a map for one weight that became dear, by statistics of other rows; the old state."""
+    state, before = dynamic_state(model), MapCopy.of(model)
+    dear = [name for name, rung in state.map.rungs.items() if rung == NF4_64][-1]
+    measured = measure_live(model, state.source, [batch_of(9)])
+    prices = scaled(measured.prices, {dear: 1e6})
+    assert move_map(model, state, LivePrices(prices, measured.mean_square), NEW, step).changes
+    return before
+
+
+def test_weights_of_other_statistics_are_made_again(tmp_path):
+    """The same rungs are not the same bits: scales were searched for by other rows."""
+    model = dynamic_llama(share=0.15)
+    state = dynamic_state(model)
+    save_map(state, tmp_path)
+    other = dynamic_llama(share=0.15, batches=[batch_of(7)])
+    follow_map(other, tmp_path, pytest.fail)
+    now, expected = weights_in(other), weights_in(model)
+    assert all(torch.equal(weight, expected[name]) for name, weight in now.items())
+    columns = dynamic_state(other).column_weights
+    assert columns.keys() == state.column_weights.keys()
+    assert all(torch.equal(v, state.column_weights[n]) for n, v in columns.items())
+    # and without statistics, as one is that was loaded without rows
+    state.column_weights.clear()
+    save_map(state, tmp_path)
+    follow_map(other, tmp_path, pytest.fail)
+    assert not dynamic_state(other).column_weights
+    plain, _ = nf4_llama()
+    for item in weight_items(plain):
+        weight = state.source(item.name)
+        place(plain, item, state.map[item.name].rung, weight, compute_dtype=torch.float32)
+    now, expected = weights_in(other), weights_in(plain)
+    assert all(torch.equal(weight, expected[name]) for name, weight in now.items())
+
+
+def test_what_is_as_it_was_is_not_made_again(tmp_path):
+    model = dynamic_llama(share=0.15)
+    save_map(dynamic_state(model), tmp_path)
+    other = dynamic_llama(share=0.15)
+    dynamic_state(other).source.gone.update(dynamic_state(other).map.rungs)
+    follow_map(other, tmp_path, pytest.fail)
+    # what does not depend on E[x_j^2] needs no source either
+    state = dynamic_state(model)
+    eight = [name for name in state.column_weights if state.map[name].rung == INT8]
+    assert eight
+    state.column_weights.update({name: 2 * state.column_weights[name] for name in eight})
+    save_map(state, tmp_path)
+    follow_map(other, tmp_path, pytest.fail)
+
+
+def test_the_history_has_only_what_was_made(tmp_path):
+    model = dynamic_llama(share=0.15)
+    promoted(model)
+    state = dynamic_state(model)
+    save_map(state, tmp_path)
+    assert len(state.history) > 1
+    gone = state.history[-1].name
+    other = dynamic_llama(share=0.15)
+    dynamic_state(other).source.gone.add(gone)
+    said = []
+    follow_map(other, tmp_path, said.append)
+    (line,) = said
+    assert f"the 16-bit weight of {gone} cannot be read" in line
+    found = dynamic_state(other)
+    assert found.history == [change for change in state.history if change.name != gone]
+    assert rungs_in(other) == found.map.rungs
+    # the rest is made once it can be read
+    found.source.gone.clear()
+    follow_map(other, tmp_path, pytest.fail)
+    assert found.history == state.history
+    assert found.map == state.map
+
+
+def test_a_copy_brings_the_base_back():
+    model = dynamic_llama(share=0.15)
+    first = weights_in(model)
+    before = promoted(model)
+    state = dynamic_state(model)
+    assert any(not torch.equal(w, first[name]) for name, w in weights_in(model).items())
+    follow_or_say(model, before, pytest.fail)
+    assert all(torch.equal(w, first[name]) for name, w in weights_in(model).items())
+    assert MapCopy.of(model).map.rungs == before.map.rungs
+    assert state.history == []
+    follow_or_say(model, None, pytest.fail)
+    follow_or_say(nf4_llama()[0], before, pytest.fail)
+
+
+def test_what_keeps_the_base_from_coming_back_is_said_and_no_error(tmp_path, monkeypatch):
+    from colab_qlora.quantization import remaking
+
+    model = dynamic_llama(share=0.15)
+    before = promoted(model)
+    said = []
+    dynamic_state(model).source.gone.update(before.map.rungs)
+    follow_or_say(model, before, said.append)
+    dynamic_state(model).source.gone.clear()
+
+    def full(*args, **options):
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate")
+
+    monkeypatch.setattr(remaking, "place", full)
+    follow_or_say(model, before, said.append)
+    (tmp_path / "quantization_map.safetensors").write_bytes(b"no map")
+    follow_or_say(model, tmp_path, said.append)
+    assert rungs_in(model) == dynamic_state(model).map.rungs
+    starts = "weights do not have the precision that they had"
+    assert said[0].startswith(f"{starts} when the adapter was copied: the 16-bit weight of ")
+    assert said[1] == (
+        f"{starts} when the adapter was copied: there is not enough memory (CUDA out of memory)"
+    )
+    assert said[2].startswith(f"{starts} in {tmp_path}: {tmp_path}/quantization_map.safetensors")
+
+
+def test_a_model_of_one_precision_is_told_what_to_do_with_a_map(tmp_path):
+    save_map(dynamic_state(dynamic_llama(share=0.15)), tmp_path)
+    said = []
+    follow_map(nf4_llama()[0], tmp_path, said.append)
+    assert said == [
+        f"the adapter in {tmp_path} was trained over weights of mixed precision, which this model "
+        f'does not have: load it with FastLanguageModel.from_pretrained("{tmp_path}")'
+    ]
+
+
+def test_a_weight_under_dora_stays_where_it_is():
+    from peft import LoraConfig
+
+    model = dynamic_llama(share=0.15)
+    state = dynamic_state(model)
+    few = [name for name, rung in state.map.rungs.items() if rung == NF4_64]
+    dora, free = few[:-1], few[-1]
+    model.add_adapter("dora", LoraConfig(r=2, target_modules=dora, use_dora=True))
+    model.set_adapter("dora")
+    before = state.map
+    prices = scaled(state.prices, {**dict.fromkeys(dora, 1e6), free: 1e3})
+    result = move_map(model, state, LivePrices(prices, {}), NEW, step=1)
+    changed = {change.name for change in result.changes}
+    assert dora
+    assert not changed & set(dora)
+    assert {name: state.map[name] for name in dora} == {name: before[name] for name in dora}
+    # the room is for the others
+    assert free in changed
+    assert rungs_in(model) == state.map.rungs
 
 
 @pytest.mark.parametrize("rung", [INT8, SIXTEEN_BIT, NF4_32, NF4_64])

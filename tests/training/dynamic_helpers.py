@@ -50,11 +50,39 @@ def write_checkpoint(folder: Path) -> Path:
     return folder
 
 
+def dear_points(monkeypatch: Any) -> list[int]:
+    """Prices are measured, and those of a weight that has few bits are made high at each point.
+
+    Returns:
+        A list that gets the number of micro-batches of each point.
+    """
+    from colab_qlora.quantization.budget import NF4_64
+    from colab_qlora.quantization.dynamic import dynamic_state
+    from colab_qlora.quantization.live_prices import LivePrices, measure_live
+    from colab_qlora.quantization.rung_prices import RungPrice
+    from colab_qlora.training import quantization_schedule
+
+    found: list[int] = []
+
+    def measured(model: Any, source: Any, batches: Any, **options: Any) -> LivePrices:
+        live = measure_live(model, source, batches, **options)
+        rungs = dynamic_state(model).map.rungs  # type: ignore[union-attr]
+        few = [name for name, rung in rungs.items() if rung == NF4_64]
+        name = few[len(found) % len(few)]
+        dear = {r: RungPrice((), p.price * 1e4, 0.0) for r, p in live.prices[name].items()}
+        found.append(len(batches))
+        return LivePrices({**live.prices, name: dear}, live.mean_square)
+
+    monkeypatch.setattr(quantization_schedule, "measure_live", measured)
+    return found
+
+
 def dynamic_trainer(
     checkpoint: Path,
     out: Path,
     *,
     quantization: str = "dynamic",
+    budget: str = "+15%",
     lora: dict[str, Any] | None = None,
     trainer: dict[str, Any] | None = None,
     **config: Any,
@@ -64,7 +92,7 @@ def dynamic_trainer(
 
     options: dict[str, Any] = {"quantization": quantization}
     if quantization == "dynamic":
-        options |= {"quantization_budget": "+15%", "calibration_data": ROWS[:16]}
+        options |= {"quantization_budget": budget, "calibration_data": ROWS[:16]}
     model, tokenizer = FastLanguageModel.from_pretrained(
         str(checkpoint), 64, dtype="float32", **options
     )

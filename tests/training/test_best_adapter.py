@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import os
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -14,12 +15,19 @@ torch = pytest.importorskip("torch")
 pytest.importorskip("peft")
 
 from colab_qlora import UserError  # noqa: E402
+from colab_qlora.quantization.dynamic import (  # noqa: E402
+    ATTRIBUTE,
+    DynamicQuantization,
+    MapChange,
+)
+from colab_qlora.quantization.map_file import read_map  # noqa: E402
+from colab_qlora.quantization.precision_map import PrecisionMap  # noqa: E402
 from colab_qlora.training.adapter_state import (  # noqa: E402
     adapter_name,
     adapter_tensors,
     is_finite,
 )
-from colab_qlora.training.best_adapter import BestAdapter  # noqa: E402
+from colab_qlora.training.best_adapter import BestAdapter, move_aside  # noqa: E402
 
 
 class Two(torch.nn.Module):
@@ -132,6 +140,82 @@ def test_a_kill_between_any_two_calls_leaves_a_whole_adapter(
     for step in (1, 2):
         best.save(adapted(float(step)), step, 1.0 / step)
     assert seen == [None, 1, 1, 2]
+
+
+def over_map(model: Any, changes: int) -> Any:
+    """The model as one whose base changed its precision so many times."""
+    state = DynamicQuantization(
+        PrecisionMap({}, 0), {}, 0, {}, lambda name: torch.ones(1), torch.float32, "+5%", True
+    )
+    state.history = [MapChange(n, "a", "nf4_64", "int8", 1, "why") for n in range(changes)]
+    setattr(model, ATTRIBUTE, state)
+    return model
+
+
+def test_weights_and_map_are_replaced_together(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A kill before or after any change of a name leaves weights with the map of their step."""
+    run, killed = tmp_path / "run", tmp_path / "killed"
+    killed.mkdir()
+    stock = os.replace
+
+    def watched(source: Any, target: Any) -> None:
+        shutil.copytree(run, killed / f"{len(os.listdir(killed)):02}")
+        stock(source, target)
+        shutil.copytree(run, killed / f"{len(os.listdir(killed)):02}")
+
+    best = BestAdapter(run / "best")
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "replace", watched)
+        # the map changes before step 3, and before the fourth none is left
+        for step, changes in ((1, 0), (2, 0), (3, 1)):
+            best.save(over_map(adapted(float(step)), changes), step, 1.0 / step)
+        best.save(adapted(4.0), 4, 0.1)
+    seen = []
+    # between two renames there is none, until it is looked for
+    assert sum(not (copy / "best").exists() for copy in killed.iterdir() if int(copy.name) > 3) == 4
+    for copy in sorted(killed.iterdir()):
+        found = BestAdapter(copy / "best", is_resumed=True)
+        seen.append(found.step)
+        if found.step is not None:
+            model, recorded = adapted(0.0), read_map(copy / "best")
+            found.put_back_(model, lambda line: None)
+            assert values(model) == {float(found.step)}
+            changes = None if recorded is None else len(recorded.history)
+            assert changes == {1: 0, 2: 0, 3: 1, 4: None}[found.step]
+    numbers = [step or 0 for step in seen]
+    assert numbers == sorted(numbers)
+    assert set(numbers) == {0, 1, 2, 3, 4}
+    assert os.listdir(run) == ["best"]
+
+
+def test_a_folder_that_waits_beside_its_place_is_moved_aside_too(tmp_path: Path) -> None:
+    BestAdapter(tmp_path / "best_adapter").save(adapted(1.0), 5, 1.0)
+    (tmp_path / "best_adapter").rename(tmp_path / ".best_adapter.before")
+    (tmp_path / "earlier").mkdir()
+    move_aside(tmp_path, tmp_path / "earlier")
+    assert os.listdir(tmp_path) == ["earlier"]
+    assert BestAdapter(tmp_path / "earlier" / "best_adapter", is_resumed=True).step == 5
+
+
+def test_a_replacement_that_fails_leaves_the_folder_before(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    best = BestAdapter(tmp_path / "best")
+    best.save(over_map(adapted(1.0), 0), 1, 2.0)
+    stock = os.replace
+
+    def refused(source: Any, target: Any) -> None:
+        if str(source).endswith(".part"):
+            raise OSError(5, "Input/output error")
+        stock(source, target)
+
+    monkeypatch.setattr(os, "replace", refused)
+    with pytest.raises(OSError, match="Input/output error"):
+        best.save(over_map(adapted(2.0), 1), 2, 1.0)
+    assert (best.step, os.listdir(tmp_path)) == (1, ["best"])
+    assert BestAdapter(tmp_path / "best", is_resumed=True).step == 1
 
 
 @pytest.mark.parametrize("content", [b"", b"\0" * 40, None])

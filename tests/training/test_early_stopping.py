@@ -16,6 +16,7 @@ from live_helpers import fail_at, with_verdict  # noqa: E402
 from trainer_helpers import ROWS, losses_of  # noqa: E402
 
 from colab_qlora import FastLanguageModel, UserError, read_log  # noqa: E402
+from colab_qlora.curves import advise, diagnose  # noqa: E402
 from colab_qlora.curves.verdicts import Diagnosis, Verdict  # noqa: E402
 from colab_qlora.training.adapter_state import adapter_tensors  # noqa: E402
 from colab_qlora.training.early_stopping import EarlyStopping  # noqa: E402
@@ -111,6 +112,11 @@ def test_an_overfitting_run_is_stopped_and_ends_with_its_best_adapter(
     stopped, restored = trainer.notes[-2:]
     assert stopped.startswith(f"stopped early at step {trainer.state.global_step}: overfitting (")
     assert restored == f"the adapter is that of {said}, the lowest; also in {out}/best_adapter"
+    # a log read later knows that the run is over, though it has fewer steps than planned
+    log = read_log(out / "loss_log.jsonl")
+    assert log.records[-1]["event"] == "stopped early: overfitting"
+    assert diagnose(log).is_finished is True
+    assert "let the run go on" not in advise(diagnose(log), log).text()
     # in place: the flat optimiser's tensors are still the model's
     optimizer = getattr(trainer.optimizer, "optimizer", trainer.optimizer)
     assert isinstance(optimizer, FlatAdamW)

@@ -136,6 +136,7 @@ def test_a_log_on_a_full_disk_is_said_and_every_reader_is_told(
     with pytest.raises(UserError, match="the disk is full: something of step 3"):
         trainer.train()
     assert not any(reader.is_running for reader in trainer._readers())
+    assert "is_end" not in read_log(tmp_path / "out" / "loss_log.jsonl").records[-1]
 
 
 def test_several_eval_sets_are_refused_with_early_stopping(make_trainer: Make) -> None:

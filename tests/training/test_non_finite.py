@@ -84,7 +84,9 @@ def test_it_stops_within_one_log_and_the_adapter_is_that_before(
         f"the last finite one kept. Next: {stop.stopped_by.action}"
     )
     # the broken step is in the log, and in no checkpoint
-    assert math.isnan(read_log(tmp_path / "out" / "loss_log.jsonl").records[-1]["loss"])
+    *_, broken, end = read_log(tmp_path / "out" / "loss_log.jsonl").records
+    assert math.isnan(broken["loss"])
+    assert (end["step"], end["is_end"], end["event"]) == (4, True, "stopped: numbers broke")
     assert [p.name for p in (tmp_path / "out").glob("checkpoint-*")] == ["checkpoint-2"]
 
 

@@ -14,8 +14,10 @@ torch = pytest.importorskip("torch")
 pytest.importorskip("trl")
 
 from trainer_helpers import ROWS, losses_of  # noqa: E402
+from transformers import TrainerCallback  # noqa: E402
 
 from colab_qlora import FastLanguageModel, SFTTrainer, UserError, read_log  # noqa: E402
+from colab_qlora.curves import diagnose  # noqa: E402
 from colab_qlora.training.resume import last_complete_checkpoint, what_is_missing  # noqa: E402
 
 pytestmark = pytest.mark.model
@@ -116,6 +118,12 @@ def test_loss_log_is_on_disk(make_trainer: Make, tmp_path: Path) -> None:
     assert trained[-1]["seconds"] >= trained[0]["seconds"] > 0
     assert log.run["learning_rate"] == 1e-2
     assert log.run["r"] == 4
+    # a whole run is over without a mark in the picture
+    assert {name: log.records[-1].get(name) for name in ("step", "is_end", "event")} == {
+        "step": 4,
+        "is_end": True,
+        "event": None,
+    }
 
 
 def test_second_run_in_the_same_folder_sets_the_first_aside(
@@ -124,9 +132,10 @@ def test_second_run_in_the_same_folder_sets_the_first_aside(
     out = tmp_path / "out"
     make_trainer(max_steps=4, save_strategy="steps", save_steps=4).train()
     make_trainer(max_steps=3, save_strategy="steps", save_steps=3).train()
-    assert len(read_log(out / "loss_log.jsonl").records) == 3
+    assert [r["step"] for r in read_log(out / "loss_log.jsonl") if "loss" in r] == [1, 2, 3]
     assert last_complete_checkpoint(out) == out / "checkpoint-3"
-    assert len(read_log(out / "earlier-1" / "loss_log.jsonl").records) == 4
+    earlier = read_log(out / "earlier-1" / "loss_log.jsonl")
+    assert [r["step"] for r in earlier if "loss" in r] == [1, 2, 3, 4]
     assert last_complete_checkpoint(out / "earlier-1") == out / "earlier-1" / "checkpoint-4"
 
 
@@ -271,7 +280,42 @@ def test_interrupt_saves_the_last_step(make_trainer: Make, tmp_path: Path) -> No
     with pytest.raises(KeyboardInterrupt):
         trainer.train()
     assert last_complete_checkpoint(tmp_path / "out") == tmp_path / "out" / "checkpoint-2"
-    assert len(read_log(tmp_path / "out" / "loss_log.jsonl").records) == 2
+    *_, end = records = read_log(tmp_path / "out" / "loss_log.jsonl").records
+    assert [r["step"] for r in records if "loss" in r] == [1, 2]
+    assert (end["step"], end["is_end"], end["event"]) == (2, True, "interrupted")
+
+
+@pytest.mark.parametrize(
+    ("error", "said"),
+    [(KeyboardInterrupt(), "interrupted"), (RuntimeError("x"), "stopped by RuntimeError")],
+)
+def test_a_resumed_run_takes_back_that_it_was_over(
+    make_trainer: Make, tmp_path: Path, error: BaseException, said: str
+) -> None:
+    path = tmp_path / "out" / "loss_log.jsonl"
+    trainer = make_trainer(max_steps=4, save_strategy="steps", save_steps=2)
+    _fail_at(trainer, 2, error)
+    with pytest.raises(type(error)):
+        trainer.train()
+    stopped = read_log(path)
+    assert stopped.records[-1]["event"] == said
+    assert diagnose(stopped).is_finished is True
+    make_trainer(max_steps=4).train(resume_from_checkpoint=True)
+    records = read_log(path).records
+    assert [r["step"] for r in records if r.get("is_end")] == [4]
+    assert not [r for r in records if "event" in r]
+    seconds = [r["seconds"] for r in records]
+    assert seconds == sorted(seconds)
+
+
+def test_a_run_that_a_callback_stops_says_where(make_trainer: Make, tmp_path: Path) -> None:
+    class Stop(TrainerCallback):
+        def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+            control.should_training_stop = state.global_step == 3
+
+    make_trainer(max_steps=8, trainer={"callbacks": [Stop()]}).train()
+    end = read_log(tmp_path / "out" / "loss_log.jsonl").records[-1]
+    assert (end["step"], end["event"]) == (3, "stopped at step 3 of 8")
 
 
 def test_full_disk_leaves_earlier_checkpoints_whole(
@@ -291,7 +335,8 @@ def test_full_disk_leaves_earlier_checkpoints_whole(
     assert not (tmp_path / "out" / "checkpoint-3").exists()
     assert what_is_missing(tmp_path / "out" / "checkpoint-2") is None
     lines = (tmp_path / "out" / "loss_log.jsonl").read_text().splitlines()
-    assert [json.loads(line).get("step") for line in lines[1:]] == [1, 2, 3]
+    assert [json.loads(line).get("step") for line in lines[1:]] == [1, 2, 3, 3]
+    assert json.loads(lines[-1])["event"] == "stopped by OSError"
 
 
 def test_full_disk_under_the_weights(make_trainer: Make) -> None:

@@ -66,9 +66,9 @@ def points_of(records: Iterable[Mapping[str, Any]], key: str) -> tuple[Array, Ar
 
 
 def _steps(rows: list[Mapping[str, Any]], chosen: list[bool]) -> Array:
-    steps = [row.get("step") for row in compress(rows, chosen)]
-    if set(map(type, steps)) == {int}:
-        with contextlib.suppress(OverflowError):
+    with contextlib.suppress(KeyError, OverflowError):
+        steps = list(map(itemgetter("step"), compress(rows, chosen)))
+        if set(map(type, steps)) == {int}:
             array = np.fromiter(steps, np.int64, len(steps))
             if array.min() >= 0 and array.max() <= MOST_STEPS:
                 return array

@@ -27,7 +27,7 @@ from numpy.typing import NDArray
 from colab_qlora.curves.logs.points import points_of
 from colab_qlora.curves.logs.records import is_number, step_of
 
-__all__ = ["run_starts", "split_runs"]
+__all__ = ["has_ended", "run_starts", "split_runs"]
 
 Array = NDArray[Any]
 
@@ -49,6 +49,15 @@ def split_runs(records: Iterable[Mapping[str, Any]]) -> list[list[dict[str, Any]
         return []
     starts = run_starts(rows)
     return [rows[start:end] for start, end in zip(starts, [*starts[1:], None], strict=True)]
+
+
+def has_ended(records: Sequence[Mapping[str, Any]]) -> bool:
+    """Whether the last record says that its run is over; a log without such a record may be, too.
+
+    Args:
+        records: those of one run, in the order in which they were written.
+    """
+    return bool(records) and records[-1].get("is_end") is True
 
 
 def run_starts(records: Sequence[Mapping[str, Any]]) -> list[int]:

@@ -70,11 +70,8 @@ def draw_train(
     """
     if not curve.steps.size:
         return []
-    style: dict[str, Any] = {
-        "color": theme.colours[index],
-        "linestyle": DASHES[index],
-        "linewidth": 2.0,
-    }
+    colour = theme.colours[index]
+    style: dict[str, Any] = {"color": colour, "linestyle": DASHES[index], "linewidth": 2.0}
     count = int(np.isfinite(curve.losses).sum())
     is_smoothed = half_life is not None and count >= _SMOOTH_FROM_POINTS
     chosen = thin(curve.losses, columns)
@@ -82,10 +79,7 @@ def draw_train(
     main = losses
     if is_smoothed:
         assert half_life is not None
-        alpha = _RAW_ALPHA_COMPARED if is_compared else _RAW_ALPHA
-        raw_style = style | {"linestyle": "solid", "linewidth": 0.8, "alpha": alpha}
-        dots: dict[str, Any] = {"marker": "o", "markersize": 2.5} if count <= _MOST_DOTS else {}
-        ax.plot(steps, losses, **raw_style, **dots, zorder=2, gid="train-raw")
+        _draw_logged(ax, steps, losses, colour, count, is_compared=is_compared)
         # a spike that leaves the picture counts as its top, or the line would decay for many steps
         smoothed = smooth_losses(np.minimum(curve.losses, ax.get_ylim()[1]), half_life)
         main = smoothed[chosen]
@@ -96,7 +90,7 @@ def draw_train(
         style |= {"marker": marker, "markersize": 5, "markerfacecolor": theme.paper}
     ax.plot(steps, main, **style, zorder=4, gid="train")
     if "marker" not in style:
-        _dot_lone_points(ax, steps, main, style["color"])
+        _dot_lone_points(ax, steps, main, colour)
     words = "train, smoothed" if is_smoothed and not is_compared else "train"
     return _end_label(steps, main, run_label(curve, words), style, rank=0)
 
@@ -189,6 +183,17 @@ def _end_label(
         return []
     last = finite[-1]
     return [EndLabel(text, float(steps[last]), float(losses[last]), style, rank)]
+
+
+def _draw_logged(
+    ax: Axes, steps: Array, losses: Array, colour: str, count: int, *, is_compared: bool
+) -> None:
+    """Draws the logged train loss behind the smoothed one; few points are shown one by one."""
+    alpha = _RAW_ALPHA_COMPARED if is_compared else _RAW_ALPHA
+    style: dict[str, Any] = {"color": colour, "linewidth": 0.8, "alpha": alpha}
+    if count <= _MOST_DOTS:
+        style |= {"marker": "o", "markersize": 2.5}
+    ax.plot(steps, losses, **style, linestyle="solid", zorder=2, gid="train-raw")
 
 
 def _dot_lone_points(ax: Axes, steps: Array, losses: Array, colour: str) -> None:

@@ -9,7 +9,7 @@ from colab_qlora.curves.picture.curve import Curve, one_line
 from colab_qlora.curves.verdicts import Diagnosis, Verdict
 from colab_qlora.errors import UserError
 
-__all__ = ["Marks", "Turn", "as_marks", "count_words"]
+__all__ = ["Marks", "Turn", "amount_words", "as_marks", "count_words"]
 
 Diagnoses = Diagnosis | Mapping[str, Diagnosis] | None
 
@@ -133,6 +133,12 @@ def as_marks(diagnosis: Diagnoses, curves: Sequence[Curve]) -> list[Marks]:
 def count_words(count: int, noun: str) -> str:
     """Writes a count with its noun: "1 spike", "1,200 spikes"."""
     return f"{count:,} {noun}{'' if count == 1 else 's'}"
+
+
+def amount_words(amount: float, noun: str) -> str:
+    """Writes an amount that need not be whole with its noun: "1 epoch", "2.5 epochs"."""
+    shown = f"{amount:g}"
+    return f"{shown} {noun}{'' if shown == '1' else 's'}"
 
 
 def steps_words(steps: Sequence[int], most: int = 8) -> str:

@@ -4,19 +4,19 @@ from __future__ import annotations
 
 from dataclasses import replace
 
+from colab_qlora.curves.picture.marks import amount_words, steps_words
 from colab_qlora.curves.picture.series import loss_text
 from colab_qlora.curves.remedies.changes import (
     Candidates,
     Change,
     change_rate,
-    eval_for,
     keep,
-    look_at_data,
     raise_rows_per_step,
     raise_warmup,
     rate_text,
-    shorten_to_best,
 )
+from colab_qlora.curves.remedies.length_changes import shorten_to_best
+from colab_qlora.curves.remedies.row_changes import eval_for, look_at_data
 from colab_qlora.curves.remedies.run_facts import RunFacts
 from colab_qlora.curves.verdicts import Diagnosis, Verdict
 
@@ -72,7 +72,7 @@ def collapsed(facts: RunFacts, verdict: Verdict, diagnosis: Diagnosis) -> Candid
     first = None if facts.has_eval else eval_for(facts, "rows learnt by heart from a faulty task")
     shorter = None
     if (facts.passes or 0) > 1:
-        why = f"each row was seen about {facts.passes:g} times"
+        why = f"each row was seen about {amount_words(facts.passes or 0, 'time')}"
         shorter = shorten_to_best(facts, diagnosis.best_step, why, "the train loss ends above 0.02")
     return [first, labels, shorter]
 
@@ -164,6 +164,10 @@ def spikes(facts: RunFacts, verdict: Verdict, diagnosis: Diagnosis) -> Candidate
 
 
 def skipped(facts: RunFacts, verdict: Verdict, diagnosis: Diagnosis) -> Candidates:
-    """Nothing: the loss scaler has found its scale."""
+    """Nothing where a loss scaler has found its scale; where there is none, a look at the rows."""
+    if verdict.said or facts.compute_dtype not in (None, "float16"):
+        where = f"of {steps_words(verdict.steps, 5)}" if verdict.steps else "of those steps"
+        why = "a gradient that is nan or inf comes from its rows, or from steps that are too large"
+        return [look_at_data(f"look at the rows {where}", why, "every gradient norm is finite")]
     why = "float16 training skips a step whose gradients overflow, and scales the next ones lower"
     return [keep("change nothing", why, "a few steps at the start are skipped again, then none")]

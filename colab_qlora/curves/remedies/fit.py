@@ -2,19 +2,12 @@
 
 from __future__ import annotations
 
+from colab_qlora.curves.picture.marks import amount_words
 from colab_qlora.curves.picture.series import loss_text
-from colab_qlora.curves.remedies.changes import (
-    FEW_ROWS,
-    Candidates,
-    change_rate,
-    eval_for,
-    keep,
-    look_at_data,
-    lower_r,
-    more_rows,
-    raise_dropout,
-    shorten_to_best,
-)
+from colab_qlora.curves.remedies.adapter_changes import lower_r, raise_dropout
+from colab_qlora.curves.remedies.changes import Candidates, change_rate, keep
+from colab_qlora.curves.remedies.length_changes import shorten_to_best
+from colab_qlora.curves.remedies.row_changes import FEW_ROWS, eval_for, look_at_data, more_rows
 from colab_qlora.curves.remedies.run_facts import RunFacts
 from colab_qlora.curves.verdicts import Diagnosis, Verdict
 
@@ -85,7 +78,7 @@ def leakage(facts: RunFacts, verdict: Verdict, diagnosis: Diagnosis) -> Candidat
 def memorising(facts: RunFacts, verdict: Verdict, diagnosis: Diagnosis) -> Candidates:
     """An eval loss first; with one, an end where it is lowest."""
     best, loss = diagnosis.best_step, diagnosis.best_eval_loss
-    seen = "" if facts.passes is None else f" in {facts.passes:g} epochs"
+    seen = "" if facts.passes is None else f" in {amount_words(facts.passes, 'epoch')}"
     expect = "the train loss has one step down fewer at the borders of epochs"
     if best is not None and loss is not None:
         expect = f"the eval loss ends at its lowest, near {loss_text(loss)}"
@@ -119,4 +112,5 @@ def _later(facts: RunFacts, step: int) -> str:
     per_epoch, epochs = facts.steps_per_epoch, facts.passes
     if per_epoch is None or epochs is None:
         return f"what came after step {step:,} helped with these rows alone"
-    return f"the eval loss was lowest after {step / per_epoch:.2g} of {epochs:g} epochs"
+    of = amount_words(epochs, "epoch")
+    return f"the eval loss was lowest after {step / per_epoch:.2g} of {of}"

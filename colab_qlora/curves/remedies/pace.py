@@ -3,21 +3,18 @@
 from __future__ import annotations
 
 from colab_qlora.curves.picture.series import loss_text
+from colab_qlora.curves.remedies.adapter_changes import raise_r
 from colab_qlora.curves.remedies.changes import (
     Candidates,
     Change,
     change_rate,
-    eval_for,
     keep,
-    lengthen,
-    look_at_data,
-    more_rows,
-    raise_r,
     rate_text,
-    run_steps,
     set_rate,
     sweep_rates,
 )
+from colab_qlora.curves.remedies.length_changes import go_on, lengthen, run_steps
+from colab_qlora.curves.remedies.row_changes import eval_for, look_at_data, more_rows
 from colab_qlora.curves.remedies.run_facts import RunFacts
 from colab_qlora.curves.verdicts import Diagnosis, Verdict
 
@@ -56,8 +53,8 @@ def not_learning(facts: RunFacts, verdict: Verdict, diagnosis: Diagnosis) -> Can
     if ratio is None:
         rate = change_rate(facts, 10, "a rate far too low leaves the model where it was", expect)
     else:
-        why = f"{rate_text(facts.learning_rate or 0)} is {ratio:.2g} times the usual "
-        why += rate_text(usual)
+        times = "" if f"{ratio:.2g}" == "1" else f"{ratio:.2g} times "
+        why = f"{rate_text(facts.learning_rate or 0)} is {times}the usual {rate_text(usual)}"
         # up to the usual rate at once, and beyond it in small steps
         higher = max(usual, 3 * usual * ratio)
         rate = set_rate(facts, higher, why, expect)
@@ -75,18 +72,22 @@ def slow(facts: RunFacts, verdict: Verdict, diagnosis: Diagnosis) -> Candidates:
     rate = change_rate(
         facts, 3, "the loss falls evenly to the end, as a rate too low makes", expect
     )
-    longer = lengthen(facts, "the loss is still falling at the end", _goes_on(diagnosis))
+    expect_more = _goes_on(diagnosis)
+    longer = go_on(facts, "the loss is still falling", expect_more)
+    longer = longer or lengthen(facts, "the loss is still falling at the end", expect_more)
     # a rate that is high already was meant to be: the length is the safer change
     return [longer, rate] if (facts.rate_ratio or 0) >= 3 else [rate, longer]
 
 
 def still_improving(facts: RunFacts, verdict: Verdict, diagnosis: Diagnosis) -> Candidates:
-    """A longer run."""
+    """The rest of a run that was stopped; of a whole one, a longer one."""
     first = None
     if not facts.has_eval:
         first = eval_for(facts, "learning from learning by heart, and longer training needs that")
-    why = "the loss is still falling at the last step, which is no fault"
-    return [first, lengthen(facts, why, _goes_on(diagnosis)), sweep_rates(facts)]
+    expect, why = _goes_on(diagnosis), "the loss is still falling at the last step"
+    longer = go_on(facts, "the loss is still falling, which is no fault", expect)
+    longer = longer or lengthen(facts, f"{why}, which is no fault", expect)
+    return [first, longer, sweep_rates(facts)]
 
 
 def plateau(facts: RunFacts, verdict: Verdict, diagnosis: Diagnosis) -> Candidates:
@@ -98,11 +99,10 @@ def plateau(facts: RunFacts, verdict: Verdict, diagnosis: Diagnosis) -> Candidat
     why = "nothing in this curve asks for a change"
     if verdict.name == "plateau":
         why = f"the eval loss has come to {loss_text(loss)}{_from_base(diagnosis)}, and stays there"
-    stay = keep(
-        "keep these settings and this adapter",
-        why,
-        f"the same settings end near {loss_text(loss)} again",
-    )
+    again = f"the same settings end near {loss_text(loss)} again"
+    stay = keep("keep these settings and this adapter", why, again)
+    if facts.is_finished is False:
+        stay = keep("let the run go on", why, f"the eval loss ends near {loss_text(loss)} or below")
     return [stay, sweep_rates(facts), more_rows(facts, lower), raise_r(facts, lower)]
 
 
@@ -111,9 +111,8 @@ def not_enough(facts: RunFacts, verdict: Verdict, diagnosis: Diagnosis) -> Candi
     expect = (
         "the log has 20 or more losses, or 3 or more evaluations, which is enough for a verdict"
     )
-    short = run_steps(
-        facts, _READABLE_STEPS, f"{facts.last_step:,} steps are too few to read", expect
-    )
+    few = "1 step is" if facts.last_step == 1 else f"{facts.last_step:,} steps are"
+    short = run_steps(facts, _READABLE_STEPS, f"{few} too few to read", expect)
     often = Change(
         "logging_steps",
         None,
@@ -125,11 +124,12 @@ def not_enough(facts: RunFacts, verdict: Verdict, diagnosis: Diagnosis) -> Candi
     )
     first = None if facts.has_eval else eval_for(facts, "learning from learning by heart")
     # while training goes on there is nothing to change
-    if facts.is_running and facts.steps >= _READABLE_STEPS:
-        wait = keep(
-            "let the run go on", f"{facts.last_step:,} of {facts.steps:,} steps are done", expect
-        )
-        return [wait, first]
+    planned = facts.planned_steps
+    if facts.is_running and (planned is None or planned >= _READABLE_STEPS):
+        at = f"step {facts.last_step:,}" + ("" if planned is None else f" of {planned:,}")
+        return [keep("let the run go on", f"it is at {at}", expect), first]
+    if facts.was_stopped and planned is not None and planned >= _READABLE_STEPS:
+        return [go_on(facts, "so few steps say little", expect), first]
     return [short if facts.last_step < _READABLE_STEPS else often, first]
 
 

@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from colab_qlora.curves.logs.records import number_or_none
+from colab_qlora.curves.logs.runs import has_ended
 from colab_qlora.curves.verdicts import Diagnosis
 from colab_qlora.errors import UserError
 
@@ -28,6 +29,8 @@ LEAST_WARMUP_SHARE, WARMUP_SHARE = 0.03, 0.05
 EVAL_SHARE, LEAST_EVAL_ROWS, MOST_EVAL_ROWS = 0.05, 64, 500
 # below, one holds memory back for longer rows instead of raising the batch
 LARGE_GPU_GIB = 40.0
+# a log that ends in the last tenth of the plan may lack only its last records
+_WHOLE_SHARE = 0.9
 _SIZE = re.compile(r"(?<![\w.])(\d+(?:\.\d+)?)\s*([mb])(?![a-z0-9])", re.IGNORECASE)
 # the kit's own model, whose name says no size
 _EMBEDDED = {"embedded": 0.135}
@@ -53,6 +56,7 @@ class RunFacts:
         model_billions: parameters in billions, read from the model's name.
         gpu_gib: memory of the GPU.
         has_native_bf16: whether the machine computes in bfloat16.
+        is_finished: whether the run is over, stopped or not.
     """
 
     last_step: int
@@ -73,6 +77,7 @@ class RunFacts:
     model_billions: float | None = None
     gpu_gib: float | None = None
     has_native_bf16: bool = False
+    is_finished: bool | None = None
 
     @property
     def rows_per_step(self) -> int | None:
@@ -111,8 +116,23 @@ class RunFacts:
 
     @property
     def is_running(self) -> bool:
-        """Whether the log ends before the plan does; a run without a known plan counts as over."""
+        """Whether the run goes on; where nobody says, whether its log ends before its plan does.
+
+        A run without a known plan counts as over then.
+        """
+        if self.is_finished is not None:
+            return not self.is_finished
         return self.planned_steps is not None and self.last_step < self.planned_steps
+
+    @property
+    def was_stopped(self) -> bool:
+        """Whether the run is known to be over, and ended well before its plan did."""
+        planned = self.planned_steps
+        return (
+            self.is_finished is True
+            and planned is not None
+            and (self.last_step < _WHOLE_SHARE * planned)
+        )
 
     @property
     def usual_rate(self) -> float:
@@ -138,7 +158,12 @@ class RunFacts:
         return self.gpu_gib is None or self.gpu_gib < LARGE_GPU_GIB
 
 
-def facts_of(diagnosis: Diagnosis, run: object = None, machine: object = None) -> RunFacts:
+def facts_of(
+    diagnosis: Diagnosis,
+    run: object = None,
+    machine: object = None,
+    is_finished: bool | None = None,
+) -> RunFacts:
     """Gathers what is known.
 
     Args:
@@ -147,6 +172,7 @@ def facts_of(diagnosis: Diagnosis, run: object = None, machine: object = None) -
             is no number where one belongs counts as unknown.
         machine: anything with `gpu_total_gib` and `has_native_bf16` as attributes or keys, for
             instance what `inspect_environment()` returns; None if unknown.
+        is_finished: whether the run is over; None: what the diagnosis or the log says.
 
     Raises:
         UserError: `diagnosis` or `run` is something else.
@@ -157,15 +183,12 @@ def facts_of(diagnosis: Diagnosis, run: object = None, machine: object = None) -
             got=type(diagnosis).__name__,
             do="Pass diagnose(log), for instance advise(diagnose(log), log.run)",
         )
-    epoch_steps = _epoch_steps(getattr(run, "records", ()))
-    run = getattr(run, "run", run)
-    settings: Mapping[str, Any] = {} if run is None else run  # type: ignore[assignment]
-    if not isinstance(settings, Mapping):
-        raise UserError(
-            "the run's settings are not a mapping",
-            got=type(run).__name__,
-            allowed="a dict of hyperparameters, a LossLog, or None",
-        )
+    records = getattr(run, "records", ())
+    if is_finished is None:
+        is_finished = diagnosis.is_finished
+    if is_finished is None and has_ended(records):
+        is_finished = True
+    settings = _settings(getattr(run, "run", run))
     return RunFacts(
         last_step=diagnosis.last_step,
         has_eval=diagnosis.best_eval_loss is not None,
@@ -175,7 +198,7 @@ def facts_of(diagnosis: Diagnosis, run: object = None, machine: object = None) -
         batch_size=_count(settings.get("per_device_train_batch_size")),
         accumulation=_count(settings.get("gradient_accumulation_steps")),
         train_rows=_count(settings.get("train_rows")),
-        logged_epoch_steps=epoch_steps,
+        logged_epoch_steps=_epoch_steps(records),
         warmup_steps=_count(settings.get("warmup_steps"), least=0),
         r=_count(settings.get("r")),
         alpha=_positive(settings.get("lora_alpha")),
@@ -185,7 +208,20 @@ def facts_of(diagnosis: Diagnosis, run: object = None, machine: object = None) -
         model_billions=_billions(settings.get("model_name")),
         gpu_gib=_positive(_of_machine(machine, "gpu_total_gib")),
         has_native_bf16=_of_machine(machine, "has_native_bf16") is True,
+        is_finished=is_finished,
     )
+
+
+def _settings(run: object) -> Mapping[str, Any]:
+    if run is None:
+        return {}
+    if not isinstance(run, Mapping):
+        raise UserError(
+            "the run's settings are not a mapping",
+            got=type(run).__name__,
+            allowed="a dict of hyperparameters, a LossLog, or None",
+        )
+    return run
 
 
 def _positive(value: object) -> float | None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 
-from colab_qlora.curves.log import eval_points, train_points
+from colab_qlora.curves.picture.marks import steps_words
 from colab_qlora.curves.picture.series import loss_text
 from colab_qlora.curves.rules.readings import Readings
 from colab_qlora.curves.verdicts import Verdict
@@ -18,8 +18,7 @@ _RATIO_SPREAD = 0.25
 
 def non_finite(r: Readings) -> Verdict | None:
     """A loss that is nan or inf; zeros beside broken gradients; broken gradients in a row."""
-    steps, losses = train_points(r.records)
-    eval_steps, evals = eval_points(r.records)
+    (steps, losses), (eval_steps, evals) = r.all_losses, r.all_evals
     bad_train, bad_eval = steps[~np.isfinite(losses)], eval_steps[~np.isfinite(evals)]
     bad = np.concatenate([bad_train, bad_eval])
     if bad.size:
@@ -75,22 +74,26 @@ def _broken(r: Readings, step: int, because: str, count: int) -> Verdict:
 
 
 def skipped_steps(r: Readings) -> Verdict | None:
-    """Single broken gradient norms while all losses are finite: the loss scaler skipped a step."""
+    """Single broken gradient norms while all losses are finite: mostly the loss scaler's skips."""
     steps, norms = r.series("grad_norm")
     broken = steps[~np.isfinite(norms)].astype(int)
     if not broken.size:
         return None
-    return Verdict(
-        "skipped steps",
-        "info",
-        "likely",
-        None,
-        f"{broken.size} of {norms.size} logs have a gradient norm of nan or inf, none in a row "
-        "of 3 after the first steps, and all losses are finite",
-        "nothing: the loss scaler repeats with a smaller scale",
-        {"skipped": float(broken.size)},
-        tuple(broken.tolist()),
-    )
+    marked = tuple(broken.tolist())
+    have = "has" if broken.size == 1 else "have"
+    because = f"{broken.size} of {norms.size} logs {have} a gradient norm of nan or inf"
+    row = f"none in a row of {_BROKEN_RUN}"
+    said, action = "", "nothing: the loss scaler repeats with a smaller scale"
+    if _skipped_until(r, steps, ~np.isfinite(norms)) >= 0:
+        because += f", {row} after the first steps, and all losses are finite"
+    else:
+        because += f", {row}, and all losses are finite"
+        said = "single gradients that are nan or inf"
+        action = f"look at the rows of {steps_words(marked, 5)}"
+        if r.run.get("compute_dtype") or r.run.get("bf16"):
+            because += "; without float16 there is no loss scaler that skips such a step"
+    numbers = {"skipped": float(broken.size)}
+    return Verdict("skipped steps", "info", "likely", None, because, action, numbers, marked, said)
 
 
 def collapsed(r: Readings) -> Verdict | None:

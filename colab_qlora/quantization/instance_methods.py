@@ -1,0 +1,73 @@
+"""What a dynamically quantised model does otherwise than its class, set on the instance alone.
+
+`save_pretrained` of a PEFT model writes the map beside the adapter. What PEFT and transformers
+would do wrongly on weights of mixed precision, and partly without a word, is refused and the way
+that is right is named: merging into rounded weights, and saving them as if all were stock ones.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from colab_qlora.errors import UserError
+from colab_qlora.quantization.dynamic import dynamic_state
+from colab_qlora.quantization.map_file import save_map
+
+MERGES = ("merge_and_unload", "merge_adapter", "merge")
+
+
+class SavesItsMap:
+    """A PEFT model's `save_pretrained`, and the map of its base in the same folder."""
+
+    def __init__(self, model: Any) -> None:
+        self.model = model
+
+    def __call__(self, save_directory: Any, *args: Any, **kwargs: Any) -> Any:
+        saved = type(self.model).save_pretrained(self.model, save_directory, *args, **kwargs)
+        state = dynamic_state(self.model)
+        if state is not None and kwargs.get("is_main_process", True):
+            save_map(state, save_directory)
+        return saved
+
+
+class Refuses:
+    """Stands where a method would give wrong weights.
+
+    Args:
+        problem: what calling it would do.
+        do: what to call instead.
+    """
+
+    def __init__(self, problem: str, do: str) -> None:
+        self.problem, self.do = problem, do
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        raise UserError(self.problem, got="a dynamically quantised model", do=self.do)
+
+
+def set_base_methods(model: Any) -> None:
+    """Have the base of a dynamic model refuse to be saved as a stock 4-bit checkpoint."""
+    model.__dict__["save_pretrained"] = Refuses(
+        "stock transformers would misread weights of mixed precision",
+        "Call save_stock_checkpoint(model, folder) of colab_qlora.quantization",
+    )
+
+
+def set_adapter_methods(model: Any) -> None:
+    """Have a PEFT model of a dynamic base save the map, and refuse to merge into rounded weights.
+
+    Args:
+        model: a `PeftModel`; one over another base stays as it is.
+    """
+    if dynamic_state(model) is None:
+        return
+    model.__dict__["save_pretrained"] = SavesItsMap(model)
+    for name in MERGES:
+        refusal = Refuses(
+            f"{name} would round the merged weights once more, or break those of 8 bits",
+            "Call merge_16_bit(model) or save_merged_16_bit(model, folder) of "
+            "colab_qlora.quantization, which add the adapters to the 16-bit checkpoint",
+        )
+        for holder in (model, model.base_model):
+            if hasattr(type(holder), name) or holder is model:
+                holder.__dict__[name] = refusal
