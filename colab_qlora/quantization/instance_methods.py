@@ -45,8 +45,30 @@ class Refuses:
         raise UserError(self.problem, got="a dynamically quantised model", do=self.do)
 
 
+class ResizesIfDense:
+    """`resize_token_embeddings`, where the table is not held in 8 bits."""
+
+    def __init__(self, model: Any) -> None:
+        self.model = model
+
+    def __call__(self, new_num_tokens: int | None = None, *args: Any, **kwargs: Any) -> Any:
+        table = self.model.get_input_embeddings()
+        if hasattr(table, "SCB") and new_num_tokens not in (None, table.num_embeddings):
+            raise UserError(
+                "an embedding of 8 bits cannot be given more rows",
+                got=f"{new_num_tokens} tokens, of which it holds {table.num_embeddings}",
+                do='Resize a 16-bit model and save it first, or load with quantization="nf4"',
+            )
+        resize = type(self.model).resize_token_embeddings
+        return resize(self.model, new_num_tokens, *args, **kwargs)
+
+
 def set_base_methods(model: Any) -> None:
-    """Have the base of a dynamic model refuse to be saved as a stock 4-bit checkpoint."""
+    """Have the base of a dynamic model refuse to be saved as a stock 4-bit checkpoint.
+
+    It also says in words that a table of 8 bits cannot grow.
+    """
+    model.__dict__["resize_token_embeddings"] = ResizesIfDense(model)
     model.__dict__["save_pretrained"] = Refuses(
         "stock transformers would misread weights of mixed precision",
         "Call save_stock_checkpoint(model, folder) of colab_qlora.quantization",

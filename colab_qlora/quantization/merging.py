@@ -134,7 +134,7 @@ def _install(
 def _make_plain(causal: Any, model: Any, merge: MergedWeights) -> None:
     """Take away what says that the model is quantised."""
     for owner in (causal, model):
-        for name in (ATTRIBUTE, "save_pretrained", *MERGES):
+        for name in (ATTRIBUTE, "save_pretrained", "resize_token_embeddings", *MERGES):
             owner.__dict__.pop(name, None)
     for name in (
         "hf_quantizer",

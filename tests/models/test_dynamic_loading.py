@@ -166,3 +166,15 @@ def test_auto_takes_what_the_planner_leaves(tiny_model_folder, monkeypatch):
     model, _ = load(tiny_model_folder, "auto")
     state = dynamic_state(model)
     assert state.cap_bytes == state.plain_bytes + 12_345
+
+
+def test_a_table_of_8_bits_does_not_grow(tiny_model_folder):
+    model, tokenizer = load(tiny_model_folder)
+    assert dynamic_state(model).map["model.embed_tokens"].rung == "int8"
+    rows = len(tokenizer)
+    assert model.resize_token_embeddings(rows) is model.get_input_embeddings()
+    with pytest.raises(UserError, match=f"cannot be given more rows: got {rows + 1} tokens"):
+        model.resize_token_embeddings(rows + 1)
+    dense, _ = load(tiny_model_folder, 1.0)
+    dense.resize_token_embeddings(rows + 1)
+    assert dense.get_input_embeddings().num_embeddings == rows + 1
