@@ -39,8 +39,13 @@ if not _has_gpu():
 ROOT = Path(__file__).resolve().parent.parent
 
 
+# minutes each: first, so that no process is left with one of them at the end
+_LONGEST = ("test_execution.py", "test_tutorial_script.py", "test_compile_check.py")
+
+
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Skip GPU tests where there is no GPU, with the reason."""
+    """Begin with the longest files; skip GPU tests where there is no GPU, with the reason."""
+    items.sort(key=lambda item: item.path.name not in _LONGEST)
     if _has_gpu():
         return
     skip = pytest.mark.skip(reason="needs a CUDA GPU; this machine has none")
