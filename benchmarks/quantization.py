@@ -107,7 +107,7 @@ def _measure(
     device = next(built.model.parameters()).device
     batches = labelled_batches(eval_rows, built.tokenizer, LENGTH, device)
     before = predictions_of(built.model, batches)
-    seconds = _train(built, train_rows, options, seed)
+    seconds = train(built, train_rows, options, seed)
     after = predictions_of(built.model, batches)
     if method == REFERENCE:
         reference |= {"before": before, "after": after}
@@ -160,8 +160,8 @@ class _StepTimer(TrainerCallback):
         return time.perf_counter()
 
 
-def _train(built: Built, rows: list[Any], options: argparse.Namespace, seed: int) -> float:
-    """Train, and return the median seconds of a step."""
+def train(built: Built, rows: list[Any], options: argparse.Namespace, seed: int) -> float:
+    """Train a method's model, and return the median seconds of a step."""
     schedule: dict[str, Any] = {"quantization_schedule": True} if built.has_schedule else {}
     if not built.has_schedule and dynamic_state(built.model) is not None:
         schedule = {"quantization_schedule": False}

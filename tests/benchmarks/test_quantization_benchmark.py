@@ -69,3 +69,14 @@ def test_a_dry_run_measures_three_methods(tiny_model_folder):
     lines = [line.split() for line in done.stdout.splitlines()]
     table = lines[next(i for i, line in enumerate(lines) if line[:1] == ["method"]) :]
     assert [line[0] for line in table[1:4]] == ["16bit", "nf4", "dynamic"]
+
+
+@pytest.mark.model
+def test_a_dry_run_of_merging_finds_it_near_16_bit(tiny_model_folder):
+    command = [sys.executable, "-m", "benchmarks.merging", "--dry", "--dtype", "float32"]
+    command += ["--model", str(tiny_model_folder)]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=600)
+    assert done.returncode == 0, done.stderr[-2000:]
+    row = next(line for line in done.stdout.splitlines() if line.startswith("nf4 "))
+    unmerged, merged, _ = (float(part.split()[-1]) for part in row.split(" (")[:3])
+    assert merged < 0.05 * unmerged
