@@ -67,7 +67,7 @@ def main() -> None:
 def _options() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--model", default="embedded")
-    parser.add_argument("--methods", default=",".join(METHODS).replace("%, ", "%; "))
+    parser.add_argument("--methods", default=",".join(METHODS))
     parser.add_argument("--seeds", default="1,2,3")
     parser.add_argument("--steps", type=int, default=32)
     parser.add_argument("--batch", type=int, default=8)
@@ -82,8 +82,7 @@ def _options() -> argparse.Namespace:
         options.seeds, options.steps, options.batch, options.eval_rows = "1", 1, 2, 2
         options.methods = "16bit,nf4,dynamic +10%"
     options.seeds = [int(seed) for seed in options.seeds.split(",")]
-    parts = options.methods.replace("%; ", "%\0 ").split(",")
-    options.methods = [part.replace("\0", ",") for part in parts]
+    options.methods = options.methods.split(",")
     unknown = set(options.methods) - METHODS.keys()
     if unknown:
         parser.error(f"unknown: {', '.join(unknown)}; there are {', '.join(METHODS)}")
@@ -150,7 +149,7 @@ class _StepTimer(TrainerCallback):
         self.seconds.append(self._now() - self._began)
 
     def median(self) -> float:
-        """Without the first steps, and so without what a change of precision takes after one."""
+        """Without the first steps."""
         return statistics.median(self.seconds[FIRST_STEPS:] or self.seconds)
 
     @staticmethod

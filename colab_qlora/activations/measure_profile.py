@@ -38,6 +38,8 @@ HOST_CALLS = 200
 # step: on the host of an H200 a call took 10.35 us and 2 x 512 tokens of an 8B, which wait for the
 # host, 128.1 ms (results/planner_8b_before_mend.json); the share of the rest is that of an H100's
 LAYER_CALLS, STEP_CALLS = 376, 449
+# of what is kept on disk: another number wherever a rate is measured otherwise
+FORMAT = 2
 COPY_BYTES = 64 * 2**20
 # bytes of a number in NF4 with double quantisation
 _NF4_BYTES = 0.5 + 1 / 64 + 4 / 16384
@@ -52,6 +54,7 @@ def cached_profile(shape: ModelShape, tokens: int, seq_length: int) -> GpuProfil
     tokens, seq_length = (_next_power(min(n, MOST_TOKENS)) for n in (tokens, seq_length))
     properties = torch.cuda.get_device_properties(torch.cuda.current_device())
     key = (
+        FORMAT,
         properties.name,
         torch.__version__,
         torch.version.cuda,
@@ -114,7 +117,6 @@ def measure(
         decode = _decode_rate(shape, device, dtype, timer)
         down, up = _copy_rates(device, dtype)
         call_s = host_call_s(device)
-    recorded = profile_named("H100")
     is_gpu = device.type == "cuda"
     host_free = host_memory_gib()[1] or 0.0
     today = datetime.date.today().isoformat()
@@ -131,8 +133,8 @@ def measure(
         decode_bytes_per_s=decode,
         copy_down_bytes_per_s=down,
         copy_up_bytes_per_s=up,
-        layer_launch_s=LAYER_CALLS * call_s if is_gpu else recorded.layer_launch_s,
-        step_launch_s=STEP_CALLS * call_s if is_gpu else recorded.step_launch_s,
+        layer_launch_s=LAYER_CALLS * call_s,
+        step_launch_s=STEP_CALLS * call_s,
         attention=name,
         is_measured=True,
     )
@@ -309,7 +311,7 @@ def read_profile(path: Path) -> GpuProfile | None:
         found = GpuProfile(**fields)
     except (OSError, ValueError, TypeError, KeyError):
         return None
-    rates = [value for name, value in fields.items() if name.endswith("_per_s")]
+    rates = [value for name, value in fields.items() if name.endswith("_s")]
     is_whole = all(isinstance(rate, int | float) and 0 <= rate < math.inf for rate in rates)
     return found if is_whole and found.gemm_flops_per_s > 0 else None
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 import textwrap
-from collections import Counter
 from collections.abc import Iterable
 
 from colab_qlora.activations.memory_plan import GIB, MemoryPlan
@@ -225,13 +224,3 @@ def _end(plan: MemoryPlan) -> list[str]:
         f"cheapest change: {change.text}",
         f"  then {after.peak_memory_gib:.2f} GiB{seconds}",
     ]
-
-
-def class_counts(step: StepPlan) -> dict[str, Counter[str]]:
-    """How many layers keep, offload and recompute each class."""
-    found: dict[str, Counter[str]] = {}
-    for action in ("keep", "offload", "recompute"):
-        for names in getattr(step.plan, action):
-            for name in names:
-                found.setdefault(name, Counter())[action] += 1
-    return found

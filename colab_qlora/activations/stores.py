@@ -1,13 +1,13 @@
 """A layer's store that sends some of its tensors to host memory and has them back in time.
 
 Forward: a tensor's copy runs on a stream of its own beside the compute, which goes on at once. The
-GPU's memory is let go when the layer after the next begins, and from then on belongs to whatever
-comes next, so the compute stream waits for the copy first (it has had a layer's time to finish).
+GPU's memory is let go when the next layer has done its work, and from then on belongs to whatever
+comes next, so the compute stream waits for the copy first (it has had that layer's time to finish).
 Backward: a layer's first use of its store starts the fetch of the layer before it, on a second
 stream; by the time that layer works, its tensors are back.
 
-    forward     layer i computes      | copies of i leave    | memory of i - 1 let go
-    backward    layer i computes      | copies of i - 1 come |
+    forward     layer i computes, copies of i - 1 leave    | memory of i - 1 let go
+    backward    layer i computes, copies of i - 1 come     |
 
 Nothing here waits on the host, and no stream is asked whether it is done: order alone makes it
 right. What comes back is what left, bit by bit, in the same strides.
@@ -130,21 +130,21 @@ class OffloadingStore(SavedTensors):
         self._lane, self._previous = lane, previous
         self._parcels: dict[int, _Parcel] = {}
         self._views: dict[str, _View] = {}
-        self._has_begun, self._is_fetched = False, False
+        self._is_fetched = False
 
     def put(self, name: str, tensor: torch.Tensor, *, is_scratch: bool = False) -> None:
         """Keep or send away `tensor` if the plan names it; a view of scratch memory is copied."""
-        if not self._has_begun:
-            self._has_begun = True
-            # by now the layer before has computed for as long as its copies take
-            if self._previous is not None:
-                self._previous._let_go()
         if name not in self.offload:
             super().put(name, tensor, is_scratch=is_scratch)
             return
         if is_scratch:
             tensor = tensor.clone()
         self._send(name, tensor)
+
+    def end_forward(self) -> None:
+        """The layer has computed for as long as the copies of the one before it take."""
+        if self._previous is not None:
+            self._previous._let_go()
 
     def get(self, name: str) -> torch.Tensor | None:
         """The tensor on the GPU, or None: rebuild it."""

@@ -35,7 +35,9 @@ def layer_forward(
     with torch.no_grad(), no_autocast(h0), float32_sums(h0):
         saved.put("h0", h0)
         h1 = attention_half(h0, parts, run, saved)
-        return mlp_half(h1, parts, run, saved)
+        h2 = mlp_half(h1, parts, run, saved)
+        saved.end_forward()
+        return h2
 
 
 def layer_backward(

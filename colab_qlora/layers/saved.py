@@ -67,7 +67,7 @@ def checked_plan(names: Iterable[str]) -> frozenset[str]:
 class SavedTensors:
     """Keeps the planned tensors of one layer between its forward and its backward pass.
 
-    Another store with the same three methods may keep them elsewhere (on the host, say).
+    Another store with the same methods may keep them elsewhere (on the host, say).
     """
 
     def __init__(self, plan: frozenset[str]) -> None:
@@ -79,8 +79,11 @@ class SavedTensors:
         if name in self.plan:
             self._tensors[name] = tensor.clone() if is_scratch else tensor
 
+    def end_forward(self) -> None:
+        """The layer's forward pass is through: nothing more is put."""
+
     def get(self, name: str) -> torch.Tensor | None:
-        """The kept tensor, or None: rebuild it."""
+        """The kept tensor, or None: rebuild it. Not before `end_forward`."""
         return self._tensors.get(name)
 
     def release(self) -> None:

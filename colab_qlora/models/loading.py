@@ -1,7 +1,8 @@
 """Load a causal language model and its tokenizer, in 4 bit (NF4 with double quantisation) by
 default.
 
-The result is a plain transformers model with bitsandbytes `Linear4bit` layers. Weights come from
+The result is a plain transformers model with bitsandbytes `Linear4bit` layers, and with those of
+8 and 16 bits beside them where quantization="dynamic". Weights come from
 safetensors only: nothing that was downloaded is unpickled.
 """
 

@@ -213,5 +213,6 @@ def collect_statistics(model: Any, batches: Iterable[Mapping[str, Any]]) -> Acti
     """
     with ActivationCollector(model) as collector, torch.no_grad():
         for batch in batches:
-            model(**{name: value for name, value in batch.items() if name != "labels"})
+            inputs = {name: value for name, value in batch.items() if name != "labels"}
+            model(**{"use_cache": False, **inputs})
     return collector.statistics()

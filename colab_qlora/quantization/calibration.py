@@ -31,6 +31,8 @@ ALLOWED = (
 )
 
 Batch = dict[str, torch.Tensor]
+# token ids of a row, and its labels, as long
+Encoded = tuple[list[int], list[int]]
 
 
 def calibration_batches(
@@ -63,12 +65,11 @@ def labelled_batches(
 ) -> list[Batch]:
     """All rows that have a label, as `calibration_batches` gives the first few."""
     found = [_encoded(row, tokenizer, max_seq_length) for row in rows]
-    found = [(ids, start) for ids, start in found if start < len(ids) and len(ids) > 1]
-    return _in_batches(found, tokenizer, device)
+    return _in_batches([row for row in found if _has_labels(row)], tokenizer, device)
 
 
 def _in_batches(
-    rows: list[tuple[list[int], int]], tokenizer: Any, device: torch.device | str
+    rows: list[Encoded], tokenizer: Any, device: torch.device | str
 ) -> list[Batch]:
     # like lengths together: less padding
     rows = sorted(rows, key=lambda row: len(row[0]))
@@ -77,15 +78,16 @@ def _in_batches(
     return [_padded(part, pad, device) for part in parts]
 
 
-def _labelled_rows(data: Any, tokenizer: Any, length: int) -> list[tuple[list[int], int]]:
+def _labelled_rows(data: Any, tokenizer: Any, length: int) -> list[Encoded]:
     """The first rows that hold labels: 16, and as many more as short rows need."""
-    rows, tokens, read = [], 0, 0
+    rows: list[Encoded] = []
+    tokens, read = 0, 0
     for row in _rows(data):
         read += 1
-        ids, start = _encoded(row, tokenizer, length)
-        if start < len(ids) and len(ids) > 1:
-            rows.append((ids, start))
-            tokens += len(ids)
+        encoded = _encoded(row, tokenizer, length)
+        if _has_labels(encoded):
+            rows.append(encoded)
+            tokens += len(encoded[0])
         if len(rows) >= ROWS and tokens >= LEAST_TOKENS:
             break
     if tokens < LEAST_TOKENS:
@@ -113,13 +115,18 @@ def _rows(data: Any) -> list[Any]:
     return found
 
 
-def _encoded(row: Any, tokenizer: Any, length: int) -> tuple[list[int], int]:
-    """Token ids of a row, cut to `length`, and where its labels begin."""
+def _has_labels(row: Encoded) -> bool:
+    # nothing predicts the first token
+    return any(label != IGNORED for label in row[1][1:])
+
+
+def _encoded(row: Any, tokenizer: Any, length: int) -> Encoded:
+    """Token ids and labels of a row, cut to `length`."""
     if isinstance(row, str):
         row = {"text": row}
     if isinstance(row, Mapping) and isinstance(row.get("input_ids"), Sequence):
-        ids, start = _tokenised(row, tokenizer)
-        return ids[:length], start
+        ids, labels = _tokenised(row, tokenizer)
+        return ids[:length], labels[:length]
     if isinstance(row, Mapping) and {"instruction", "output"} <= row.keys():
         from colab_qlora.data.alpaca import format_alpaca
 
@@ -130,11 +137,11 @@ def _encoded(row: Any, tokenizer: Any, length: int) -> tuple[list[int], int]:
         raise UserError(
             "a row of calibration_data cannot be used", got=error.got, allowed=ALLOWED
         ) from error
-    return ids[:length], start
+    return ids[:length], [IGNORED] * min(start, length) + ids[start:length]
 
 
-def _tokenised(row: Mapping[str, Any], tokenizer: Any) -> tuple[list[int], int]:
-    """The ids of a row that was tokenised before, and where its own labels begin."""
+def _tokenised(row: Mapping[str, Any], tokenizer: Any) -> Encoded:
+    """The ids of a row that was tokenised before, and its own labels; without any, all of them."""
     ids, size = list(row["input_ids"]), len(tokenizer)
     wrong = [i for i in ids if not isinstance(i, int) or not 0 <= i < size]
     if wrong:
@@ -144,20 +151,26 @@ def _tokenised(row: Mapping[str, Any], tokenizer: Any) -> tuple[list[int], int]:
             allowed=f"0 to {size - 1}",
             do="Tokenise the rows with this model's tokenizer, or pass their texts",
         )
-    labels = row.get("labels") or ids
-    return ids, next((n for n, label in enumerate(labels) if label != IGNORED), len(ids))
+    labels = list(row.get("labels") or ids)
+    if len(labels) != len(ids):
+        raise UserError(
+            "a row of calibration_data has not one label for each id",
+            got=f"{len(ids)} ids and {len(labels)} labels",
+            do="Pass the rows as the tokenizer and the collator made them, or their texts",
+        )
+    return ids, labels
 
 
-def _padded(rows: list[tuple[list[int], int]], pad: int, device: torch.device | str) -> Batch:
+def _padded(rows: list[Encoded], pad: int, device: torch.device | str) -> Batch:
     longest = max(len(ids) for ids, _ in rows)
     input_ids = torch.full((len(rows), longest), pad)
     mask = torch.zeros_like(input_ids)
     labels = torch.full_like(input_ids, IGNORED)
-    for index, (ids, start) in enumerate(rows):
+    for index, (ids, own) in enumerate(rows):
         count = len(ids)
         input_ids[index, :count] = torch.tensor(ids)
         mask[index, :count] = 1
-        labels[index, start:count] = input_ids[index, start:count]
+        labels[index, :count] = torch.tensor(own)
     return {
         name: tensor.to(device)
         for name, tensor in (

@@ -7,8 +7,8 @@ A model is loaded as plain NF4. Then, with the user's own rows,
     a rung for each weight under the cap  ladder.py
     every weight made anew                placing.py, from the 16-bit source, scales searched for
 
-so that it never takes more memory than the NF4 model, one matrix, and the activations of a few
-rows. Without rows there are no prices: the scales are searched for unweighted, and weights are
+weights that shrink first, so that it never takes more memory than the cap, one matrix, and the
+activations of a few rows. Without rows there are no prices: the scales are searched for unweighted, and weights are
 ranked by the squared error of their numbers, which says little about the loss.
 """
 
@@ -92,6 +92,13 @@ class DynamicQuantization:
         return sum(placement.plain_bytes for placement in self.map.placements.values())
 
 
+    @property
+    def plain_linear_bytes(self) -> int:
+        """Of what plain NF4 quantises: what a budget in percent is counted from."""
+        placements = self.map.placements.values()
+        return sum(p.plain_bytes for p in placements if p.plain_rung != SIXTEEN_BIT)
+
+
 def dynamic_state(model: Any) -> DynamicQuantization | None:
     """What `quantize_dynamically` left on a model, also through a PEFT wrapper; else None."""
     found = getattr(model, ATTRIBUTE, None)
@@ -156,7 +163,7 @@ def apply_rungs(
     say: Callable[[str], None] | None = None,
 ) -> None:
     """Make these weights anew on their rungs; those already in 16 bit and to stay so are left."""
-    for item in items:
+    for item in sorted(items, key=lambda item: _added_bytes(item, rungs)):
         rung = rungs.get(item.name)
         if rung is None or (rung == SIXTEEN_BIT and rung_of(item) == SIXTEEN_BIT):
             continue
@@ -169,10 +176,10 @@ def apply_rungs(
             compute_dtype=state.compute_dtype,
         )
     if say is not None:
-        share = state.map.bytes / max(1, state.plain_bytes) - 1
+        share = (state.map.bytes - state.plain_bytes) / max(1, state.plain_linear_bytes)
         counts = {r: sum(v == r for v in rungs.values()) for r in sorted(set(rungs.values()))}
         said = ", ".join(f"{count} on {rung}" for rung, count in counts.items())
-        say(f"dynamic quantisation: {said}; {share:+.1%} of plain NF4's bytes")
+        say(f"dynamic quantisation: {said}; {share:+.1%} of its linears' bytes")
 
 
 def _measured(
@@ -231,6 +238,11 @@ def _squared_error(weight: torch.Tensor, rung: str) -> float:
         squares = (rounded - weight[part].float()).square_()
         found += squares.sum(1).sum(dtype=torch.float64)
     return float(found)
+
+
+def _added_bytes(item: WeightItem, rungs: Mapping[str, str]) -> int:
+    now, shape = rung_of(item), shape_of(item)
+    return rung_bytes(shape, rungs.get(item.name, now)) - rung_bytes(shape, now)
 
 
 def _plain_bytes(model: Any, items: Iterable[WeightItem]) -> tuple[int, int]:

@@ -7,11 +7,10 @@ Names and layout of the tensors are those of bitsandbytes' Linear8bitLt (`weight
 float32), whose forward quantises its input to int8 as well; this one does not. Codes never become
 floats and scales never leave float32, whatever cast a model gets: a cast sets `compute_dtype`.
 
-PEFT finds an `nn.Linear` and puts its plain LoRA around it, which trains and runs. Merging it does
-not work, and cannot be refused from in here, since PEFT writes to `weight.data` itself: `merge()`
-ends in torch's RuntimeError (float into int8), `merge(safe_merge=True)` adds truncated numbers to
-the codes, and DoRA norms the codes as if they were the weight. Replace the layer by a dense one
-first (`decoded()`), then merge.
+PEFT finds an `nn.Linear` and puts its plain LoRA around it, which trains and runs. Its own merging
+would write into the codes, and its DoRA take their norms; neither can be refused from in here.
+`instance_methods.py` refuses merging on a dynamic model (`merge_16_bit` is the way), and
+`get_peft_model` refuses DoRA.
 """
 
 from __future__ import annotations

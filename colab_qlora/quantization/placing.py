@@ -39,7 +39,7 @@ def place(
     Args:
         model: holds the item's modules, with or without PEFT's wrappers.
         item: from `weight_items(model)`.
-        rung: one of `budget.RUNGS`; int8 or 16bit for tables and heads.
+        rung: one of `budget.RUNGS`; int8 or 16bit for tables, and tied heads with them.
         weight: (rows, columns), 16 or 32 bit, from the checkpoint, on any device.
         column_weights: (columns,), E[x_j^2], for the scale search.
         compute_dtype: what the weight is decoded to.

@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 
+from colab_qlora.errors import UserError
 from colab_qlora.quantization.calibration import IGNORED, labelled_batches
 
 __all__ = ["answer_loss"]
@@ -23,6 +24,9 @@ def answer_loss(
         tokenizer: its own.
         rows: as for `from_pretrained(calibration_data=...)`.
         max_seq_length: tokens of a row, at most.
+
+    Raises:
+        UserError: no row has a label within that length.
     """
     device = next(model.parameters()).device
     was_training = model.training
@@ -35,4 +39,6 @@ def answer_loss(
             count += labelled
     finally:
         model.train(was_training)
+    if not count:
+        raise UserError("no row has a label", got=f"{len(rows)} rows", do="Look at show_tokens(...)")
     return total / count

@@ -15,6 +15,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from safetensors import SafetensorError
 
 from colab_qlora.curves.logs.points import train_points
 from colab_qlora.curves.logs.records import number_or_none
@@ -141,8 +142,12 @@ class StopOnNonFinite(LogReader):
         """Put the newest good adapter into the model; a clause that says which it is."""
         best = self.early_stopping.best if self.early_stopping is not None else None
         if best is not None and best.step is not None:
-            best.put_back_(model, self._say)
-            return f"the adapter is the best so far, of {best}"
+            try:
+                best.put_back_(model, self._say)
+            except (OSError, SafetensorError) as error:
+                self._say(f"the best adapter cannot be read: {error}")
+            else:
+                return f"the adapter is the best so far, of {best}"
         if adapter_name(model) is None:
             return "the weights are not finite: load the model, or its last checkpoint, again"
         tensors = adapter_tensors(model)

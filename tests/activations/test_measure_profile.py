@@ -26,7 +26,8 @@ SHAPE = ModelShape(2, 64, 96, 4, 2, 16, 101)
 HAS_GPU = torch.cuda.is_available()
 
 
-def test_rates_are_work_by_time() -> None:
+def test_rates_are_work_by_time(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(measure_profile, "host_call_s", lambda device: 2.0)
     times: list[float] = []
 
     def timer(call) -> float:
@@ -43,6 +44,7 @@ def test_rates_are_work_by_time() -> None:
     assert found.attention_backward_flops_per_s == pytest.approx(2.5 * flops / 0.5)
     assert found.move_bytes_per_s == pytest.approx(3 * 32 * 96 * 4 / 0.5)
     assert found.decode_bytes_per_s == pytest.approx(96 * 64 * (0.515869140625 + 4) / 0.5)
+    assert (found.layer_launch_s, found.step_launch_s) == (2 * 376, 2 * 449)
     assert found.attention == "cpu_flash"
     assert len(times) == 8 + 2 + 1 + 1
     assert torch.is_grad_enabled()
@@ -60,6 +62,7 @@ def test_a_profile_on_disk(tmp_path: Path) -> None:
         "[]",
         json.dumps({**fields, "gemm_flops_per_s": 0}),
         json.dumps({**fields, "move_bytes_per_s": "fast"}),
+        json.dumps({**fields, "layer_launch_s": None}),
         json.dumps({**fields, "another": 1}),
         json.dumps({name: value for name, value in fields.items() if name != "source"}),
     ):

@@ -250,7 +250,7 @@ def test_what_was_sent_away_is_gone_by_the_end_of_the_forward_pass() -> None:
     loss = model(**inputs).loss
     sent = [store._parcels.values() for store in stores]
     assert all(sent) and not any(store._is_fetched for store in stores)
-    # a layer's memory is let go when the next one begins; of the last, nobody's turn has come
+    # a layer's memory is let go when the next one is through; of the last, nobody's turn has come
     assert not any(parcel.memory is not None for parcels in sent[:-1] for parcel in parcels)
     assert all(parcel.memory is not None for parcel in sent[-1])
     loss.backward()

@@ -75,7 +75,9 @@ def test_views_come_back_as_they_left() -> None:
     for name, tensor in tensors.items():
         first.put(name, tensor)
     assert lane.pool.bytes_held() == 7 * 20 * 2 + 15 * 8
+    first.end_forward()
     second.put("h0", torch.zeros(1))
+    second.end_forward()
     # memory that was let go belongs to others now
     buffer.fill_(torch.nan)
     tensors["h0"].fill_(torch.nan)
@@ -110,7 +112,11 @@ def test_the_order_of_copies_and_waits() -> None:
     stores = chain(lane, 4, frozenset({"h0"}))
     left = {}
     for number, store in enumerate(stores):
+        waits = sum(entry[0] == "wait" for entry in lane.log)
         store.put("h0", torch.full((8,), float(number)))
+        # the copy of the layer before has until the end of this one
+        assert sum(entry[0] == "wait" for entry in lane.log) == waits
+        store.end_forward()
         left[number] = lane.ends
         memory = [next(iter(s._parcels.values())).memory is not None for s in stores[: number + 1]]
         # its own and nobody else's; the one before has left, and that was waited for
@@ -118,7 +124,7 @@ def test_the_order_of_copies_and_waits() -> None:
         if number:
             assert ("wait", left[number - 1]) in lane.log
     log_of_forward = list(lane.log)
-    assert [entry[0] for entry in log_of_forward] == ["down"] + ["wait", "down"] * 3
+    assert [entry[0] for entry in log_of_forward] == ["down"] + ["down", "wait"] * 3
     for number in (3, 2, 1, 0):
         lane.log.clear()
         assert stores[number].get("h0")[0] == number
@@ -145,6 +151,7 @@ def test_a_pass_that_is_dropped_gives_its_blocks_back(begins_backward: bool) -> 
     stores = chain(lane, 3, frozenset({"h0"}))
     for store in stores:
         store.put("h0", torch.ones(8))
+        store.end_forward()
     if begins_backward:
         stores[2].get("h0")
     came = [p.came for store in stores for p in store._parcels.values() if p.came]
@@ -264,6 +271,7 @@ def test_nothing_waits_for_the_gpu_and_memory_falls(monkeypatch: pytest.MonkeyPa
         try:
             for number, store in enumerate(stores):
                 store.put("h0", torch.full((size // 4,), float(number), device=device))
+                store.end_forward()
             wrong = torch.zeros((), device=device)
             for number, store in reversed(list(enumerate(stores))):
                 wrong += (store.get("h0") != number).sum()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 
 import pytest
@@ -72,9 +73,22 @@ def test_rows_that_are_tokens_already(tokenizer):
     rows = [{"input_ids": list(range(5, 45)), "labels": [-100] * 30 + list(range(35, 45))}] * 8
     (batch,) = calibration_batches(rows, tokenizer, 64)
     assert ((batch["labels"] != -100).sum(1) == 10).all()
+    # two answers with a prompt between them
+    two = [-100, 6, 7, -100, -100, -100, 11, 12] + [-100] * 32
+    (batch,) = calibration_batches([{**rows[0], "labels": two}] * 8, tokenizer, 64)
+    assert batch["labels"][0].tolist() == two
+    with pytest.raises(UserError, match="not one label for each id: got 40 ids and 2 labels"):
+        calibration_batches([{**rows[0], "labels": [1, 2]}] * 8, tokenizer, 64)
     for wrong in (len(tokenizer), -1):
         with pytest.raises(UserError, match=f"no tokens of this model: got {wrong}; allowed: 0"):
             calibration_batches([{"input_ids": [1, wrong, 3]}] * 200, tokenizer, 64)
+
+
+@pytest.mark.model
+def test_no_more_than_a_few_thousand_tokens(tokenizer):
+    endless = itertools.cycle(["many words " * 400])
+    batches = calibration_batches(endless, tokenizer, 2048)
+    assert [tuple(batch["input_ids"].shape) for batch in batches] == [(8, 256), (8, 256)]
 
 
 @pytest.mark.model
