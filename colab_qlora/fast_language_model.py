@@ -58,8 +58,9 @@ class FastLanguageModel:
             quantization: "nf4" (the default with load_in_4bit), or "dynamic": precision where the
                 loss on your rows needs it, block scales that are searched for, and changes of both
                 during training; from a 16-bit checkpoint. `quantization_report(model)` shows it.
-            quantization_budget: with "dynamic": "+0%" to "+300%" of the bytes of plain NF4's linears, GiB
-                for all weights, or "auto": what the activation planner leaves of the GPU's memory.
+            quantization_budget: with "dynamic": "+0%" to "+300%" of the bytes of plain NF4's
+                linears, GiB for all weights, or "auto": what the activation planner leaves of the
+                GPU's memory.
             calibration_data: with "dynamic": the training rows (the first 16 are used): texts, rows
                 with "text", "messages", "prompt" and "completion" or "instruction" and "output", a
                 Dataset, or the path of a JSON file.

@@ -11,10 +11,10 @@ from __future__ import annotations
 
 import torch
 
-from colab_qlora.errors import UserError
 from colab_qlora.kernels.backend import runs_triton, tl, triton
 from colab_qlora.kernels.compile_case import HALF, CompileCase
 from colab_qlora.kernels.launch import ReadyLaunches, layout
+from colab_qlora.kernels.misfit import misfit
 
 _DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
@@ -84,18 +84,13 @@ def _tile(width: int, value_bytes: int) -> tuple[int, int]:
 
 def _check(x: torch.Tensor, out: torch.Tensor) -> None:
     if x.dim() != 2 or x.dtype not in _DTYPES:
-        raise _misfit("x cannot be copied", x, "a float dtype, shape (rows, width)")
+        raise misfit("x cannot be copied", x, "a float dtype, shape (rows, width)")
     if (out.shape, out.dtype, out.device) != (x.shape, x.dtype, x.device):
         allowed = f"{x.dtype}, shape {tuple(x.shape)} on {x.device}"
-        raise _misfit("out does not fit x", out, allowed)
+        raise misfit("out does not fit x", out, allowed)
     for name, tensor in (("x", x), ("out", out)):
         if tensor.shape[1] > 1 and tensor.stride(1) != 1:
-            raise _misfit(f"{name} has gaps inside its rows", tensor, "a last stride of 1")
-
-
-def _misfit(problem: str, x: torch.Tensor, allowed: str) -> UserError:
-    got = f"{x.dtype}, shape {tuple(x.shape)}, strides {x.stride()} on {x.device}"
-    return UserError(problem, got=got, allowed=allowed)
+            raise misfit(f"{name} has gaps inside its rows", tensor, "a last stride of 1")
 
 
 @torch.no_grad()

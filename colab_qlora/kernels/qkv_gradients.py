@@ -21,6 +21,7 @@ from colab_qlora.errors import UserError
 from colab_qlora.kernels.backend import runs_triton, tl, triton
 from colab_qlora.kernels.compile_case import FLOAT, HALF, CompileCase
 from colab_qlora.kernels.launch import ReadyLaunches, address, layout
+from colab_qlora.kernels.misfit import check_rotation_table, misfit
 from colab_qlora.kernels.rope import rope_reference_
 
 _DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
@@ -190,7 +191,7 @@ def _check(
         fits = x.dim() == 3 and x.shape[1] > 0 and x.shape[2] > 0 and x.shape[2] % 2 == 0
         if not fits or x.dtype not in _DTYPES:
             shape = "shape (tokens, heads, head_dim) with an even head_dim"
-            raise _misfit(f"{name} cannot be rotated", x, f"a float dtype, {shape}")
+            raise misfit(f"{name} cannot be rotated", x, f"a float dtype, {shape}")
     _check_like("dk", dk, "dq", dq, (len(dq), dk.shape[1], dq.shape[2]))
     _check_like("dv", dv, "dk", dk, tuple(dk.shape))
     _check_like("out_q", out_q, "dq", dq, tuple(dq.shape))
@@ -198,14 +199,14 @@ def _check(
     _check_like("out_v", out_v, "dv", dv, tuple(dv.shape))
     for name, x in (("dq", dq), ("out_q", out_q)):
         if x.stride(-1) != 1:
-            raise _misfit(f"{name} has gaps inside its heads", x, "a last stride of 1")
+            raise misfit(f"{name} has gaps inside its heads", x, "a last stride of 1")
     if cos is None or sin is None:
         if cos is not sin:
             given, missing = ("cos", "sin") if sin is None else ("sin", "cos")
             raise UserError(f"{given} is given without {missing}", allowed="both, or None twice")
         return
-    _check_table("cos", cos, dq, cos)
-    _check_table("sin", sin, dq, cos)
+    check_rotation_table("cos", cos, dq, "dq", cos)
+    check_rotation_table("sin", sin, dq, "dq", cos)
 
 
 def _check_like(
@@ -213,27 +214,9 @@ def _check_like(
 ) -> None:
     if (tuple(x.shape), x.dtype, x.device) != (shape, like.dtype, like.device):
         allowed = f"{like.dtype}, shape {shape} on {like.device}"
-        raise _misfit(f"{name} does not fit {like_name}", x, allowed)
+        raise misfit(f"{name} does not fit {like_name}", x, allowed)
     if x.stride(-1) != 1:
-        raise _misfit(f"{name} has gaps inside its heads", x, "a last stride of 1")
-
-
-def _check_table(name: str, table: torch.Tensor, dq: torch.Tensor, cos: torch.Tensor) -> None:
-    tokens, _, head_dim = dq.shape
-    fits = table.dim() == 2 and table.shape[1] == head_dim and table.stride(1) == 1
-    if not fits or table.dtype not in _DTYPES or table.device != dq.device:
-        shape = f"shape (table_tokens, {head_dim}), last stride 1 on {dq.device}"
-        raise _misfit(f"{name} does not fit dq", table, f"a float dtype, {shape}")
-    if (table.shape, table.dtype) != (cos.shape, cos.dtype):
-        raise _misfit(f"{name} does not fit cos", table, f"{cos.dtype}, shape {tuple(cos.shape)}")
-    if tokens and (len(table) == 0 or tokens % len(table)):
-        allowed = f"a number of rows that divides dq's {tokens} tokens"
-        raise _misfit(f"{name} does not cover the tokens of dq", table, allowed)
-
-
-def _misfit(problem: str, x: torch.Tensor, allowed: str) -> UserError:
-    got = f"{x.dtype}, shape {tuple(x.shape)}, strides {x.stride()} on {x.device}"
-    return UserError(problem, got=got, allowed=allowed)
+        raise misfit(f"{name} has gaps inside its heads", x, "a last stride of 1")
 
 
 @torch.no_grad()

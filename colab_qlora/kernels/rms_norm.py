@@ -25,11 +25,11 @@ from torch.autograd.function import once_differentiable
 from colab_qlora.kernels.backend import runs_triton, tl, triton
 from colab_qlora.kernels.compile_case import FLOAT, HALF, CompileCase
 from colab_qlora.kernels.launch import ReadyLaunches, layout
+from colab_qlora.kernels.misfit import misfit
 from colab_qlora.kernels.rms_norm_reference import (
     check_backward,
     check_forward,
     has_dense_rows,
-    misfit,
     new_like,
     rms_norm_backward_reference,
     rms_norm_forward_reference,

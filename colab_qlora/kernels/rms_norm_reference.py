@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 
 from colab_qlora.errors import UserError
+from colab_qlora.kernels.misfit import misfit
 
 _DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
@@ -45,12 +46,6 @@ def check_backward(
 def has_dense_rows(x: torch.Tensor) -> bool:
     """True if the values of a row are neighbours in memory."""
     return x.stride(-1) == 1 or x.shape[-1] <= 1
-
-
-def misfit(problem: str, x: torch.Tensor, allowed: str) -> UserError:
-    """The error that says what was got instead of what is allowed."""
-    got = f"{x.dtype}, shape {tuple(x.shape)}, strides {x.stride()} on {x.device}"
-    return UserError(problem, got=got, allowed=allowed)
 
 
 def new_like(x: torch.Tensor) -> torch.Tensor:

@@ -20,6 +20,7 @@ from colab_qlora.errors import UserError
 from colab_qlora.kernels.backend import runs_triton, tl, triton
 from colab_qlora.kernels.compile_case import FLOAT, HALF, CompileCase
 from colab_qlora.kernels.launch import ReadyLaunches, layout
+from colab_qlora.kernels.misfit import check_rotation_table, misfit
 
 _DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
@@ -150,39 +151,21 @@ def _check(q: torch.Tensor, k: torch.Tensor | None, cos: torch.Tensor, sin: torc
     _check_heads("q", q, q)
     if k is not None:
         _check_heads("k", k, q)
-    _check_table("cos", cos, q, cos)
-    _check_table("sin", sin, q, cos)
+    check_rotation_table("cos", cos, q, "q", cos)
+    check_rotation_table("sin", sin, q, "q", cos)
 
 
 def _check_heads(name: str, x: torch.Tensor, q: torch.Tensor) -> None:
     fits = x.dim() == 3 and x.shape[-1] % 2 == 0 and x.shape[-1] > 0 and x.stride(-1) == 1
     if not fits or x.dtype not in _DTYPES:
         shape = "shape (tokens, heads, head_dim) with an even head_dim, last stride 1"
-        raise _misfit(f"{name} cannot be rotated", x, f"a float dtype, {shape}")
+        raise misfit(f"{name} cannot be rotated", x, f"a float dtype, {shape}")
     if _is_recorded(x):
         problem = f"{name} needs a gradient, which a change in place would lose"
         raise UserError(problem, do="Call rope, or rope_ under torch.no_grad()")
     if (x.shape[0], x.shape[2], x.dtype, x.device) != (q.shape[0], q.shape[2], q.dtype, q.device):
         allowed = f"{q.dtype}, shape ({q.shape[0]}, kv_heads, {q.shape[2]}) on {q.device}"
-        raise _misfit(f"{name} does not fit q", x, allowed)
-
-
-def _check_table(name: str, table: torch.Tensor, q: torch.Tensor, cos: torch.Tensor) -> None:
-    tokens, _, head_dim = q.shape
-    fits = table.dim() == 2 and table.shape[1] == head_dim and table.stride(1) == 1
-    if not fits or table.dtype not in _DTYPES or table.device != q.device:
-        shape = f"shape (table_tokens, {head_dim}), last stride 1 on {q.device}"
-        raise _misfit(f"{name} does not fit q", table, f"a float dtype, {shape}")
-    if (table.shape, table.dtype) != (cos.shape, cos.dtype):
-        raise _misfit(f"{name} does not fit cos", table, f"{cos.dtype}, shape {tuple(cos.shape)}")
-    if tokens and (len(table) == 0 or tokens % len(table)):
-        allowed = f"a number of rows that divides q's {tokens} tokens"
-        raise _misfit(f"{name} does not cover the tokens of q", table, allowed)
-
-
-def _misfit(problem: str, x: torch.Tensor, allowed: str) -> UserError:
-    got = f"{x.dtype}, shape {tuple(x.shape)}, strides {x.stride()} on {x.device}"
-    return UserError(problem, got=got, allowed=allowed)
+        raise misfit(f"{name} does not fit q", x, allowed)
 
 
 @torch.no_grad()

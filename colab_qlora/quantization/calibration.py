@@ -68,9 +68,7 @@ def labelled_batches(
     return _in_batches([row for row in found if _has_labels(row)], tokenizer, device)
 
 
-def _in_batches(
-    rows: list[Encoded], tokenizer: Any, device: torch.device | str
-) -> list[Batch]:
+def _in_batches(rows: list[Encoded], tokenizer: Any, device: torch.device | str) -> list[Batch]:
     # like lengths together: less padding
     rows = sorted(rows, key=lambda row: len(row[0]))
     parts = [rows[i : i + ROWS_A_BATCH] for i in range(0, len(rows), ROWS_A_BATCH)]

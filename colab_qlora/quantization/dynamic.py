@@ -8,8 +8,8 @@ A model is loaded as plain NF4. Then, with the user's own rows,
     every weight made anew                placing.py, from the 16-bit source, scales searched for
 
 weights that shrink first, so that it never takes more memory than the cap, one matrix, and the
-activations of a few rows. Without rows there are no prices: the scales are searched for unweighted, and weights are
-ranked by the squared error of their numbers, which says little about the loss.
+activations of a few rows. Without rows there are no prices: the scales are searched for unweighted,
+and weights are ranked by the squared error of their numbers, which says little about the loss.
 """
 
 from __future__ import annotations
@@ -90,7 +90,6 @@ class DynamicQuantization:
     def plain_bytes(self) -> int:
         """Of the same weights as plain NF4 has them."""
         return sum(placement.plain_bytes for placement in self.map.placements.values())
-
 
     @property
     def plain_linear_bytes(self) -> int:

@@ -14,9 +14,9 @@ to at first (super-weights, mostly in early down_proj: arXiv 2411.07191). |E x|^
 output error, decides between equal prices only.
 
 Picked among some 15 formulas by a script that is not kept, on the very linears below, so that it
-has to be confirmed elsewhere: 70 linears of SmolLM2-135M, plain NF4, 2 micro-batches of 4 rows, against the KL that each causes on
-8 other rows (Spearman's correlation; how many times too low against the median weight at worst;
-share of the KL in the 14 dearest, where 0.66 is possible):
+has to be confirmed elsewhere: 70 linears of SmolLM2-135M, plain NF4, 2 micro-batches of 4 rows,
+against the KL that each causes on 8 other rows (Spearman's correlation; how many times too low
+against the median weight at worst; share of the KL in the 14 dearest, where 0.66 is possible):
 
     mean of the micro-batches' dL^2      0.71    50    0.63
     Fisher by rows                       0.81     4    0.64

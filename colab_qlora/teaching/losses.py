@@ -40,5 +40,7 @@ def answer_loss(
     finally:
         model.train(was_training)
     if not count:
-        raise UserError("no row has a label", got=f"{len(rows)} rows", do="Look at show_tokens(...)")
+        raise UserError(
+            "no row has a label", got=f"{len(rows)} rows", do="Look at show_tokens(...)"
+        )
     return total / count

@@ -12,12 +12,12 @@ from tiny_llama import hook_count
 from colab_qlora.errors import UserError
 from colab_qlora.models.fuse import fuse, fused_layers, state_of
 from colab_qlora.quantization.activation_statistics import collect_statistics, weight_items
-from colab_qlora.quantization.budget import INT8, NF4_32, NF4_64, RUNGS, SIXTEEN_BIT
+from colab_qlora.quantization.budget import INT8, NF4_32, NF4_64, RUNGS, SIXTEEN_BIT, rung_bytes
 from colab_qlora.quantization.dynamic import apply_rungs, dynamic_state
 from colab_qlora.quantization.ladder import choose_rungs
 from colab_qlora.quantization.live_prices import BrokenPrices, LivePrices, measure_live, smoothed
 from colab_qlora.quantization.map_file import save_map
-from colab_qlora.quantization.placing import place, rung_of
+from colab_qlora.quantization.placing import place, rung_of, shape_of
 from colab_qlora.quantization.prices import measure_prices
 from colab_qlora.quantization.remaking import MapCopy, follow_map, follow_or_say, readable
 from colab_qlora.quantization.rung_prices import RungPrice, ladder_items
@@ -277,6 +277,22 @@ def test_the_bytes_never_pass_the_cap_by_more_than_a_matrix(monkeypatch):
     assert len(seen) == len(result.changes) > 1
     # demotions come first, so that they are even below it
     assert max(seen) <= state.cap_bytes
+
+
+def test_loading_never_passes_the_cap(monkeypatch):
+    from colab_qlora.quantization import dynamic
+
+    seen = []
+
+    def watched(model, item, rung, weight, **options):
+        place(model, item, rung, weight, **options)
+        seen.append(sum(rung_bytes(shape_of(i), rung_of(i)) for i in weight_items(model)))
+
+    monkeypatch.setattr(dynamic, "place", watched)
+    # the head in 16 bit gives bytes away, and stands last in the model
+    state = dynamic_state(dynamic_llama(share=0.0, tied=False))
+    assert state.map["lm_head"].rung == "int8"
+    assert len(seen) > 10 and max(seen) <= state.cap_bytes
 
 
 def test_the_same_prices_change_nothing():

@@ -13,11 +13,13 @@ torch = pytest.importorskip("torch")
 pytest.importorskip("trl")
 
 from live_helpers import with_verdict  # noqa: E402
+from safetensors import SafetensorError  # noqa: E402
 from trainer_helpers import ROWS, losses_of  # noqa: E402
 from transformers import TrainerCallback  # noqa: E402
 
 from colab_qlora import read_log  # noqa: E402
 from colab_qlora.training.adapter_state import adapter_tensors, is_finite  # noqa: E402
+from colab_qlora.training.best_adapter import BestAdapter  # noqa: E402
 from colab_qlora.training.early_stopping import EarlyStopping  # noqa: E402
 from colab_qlora.training.non_finite import StopOnNonFinite  # noqa: E402
 
@@ -162,6 +164,24 @@ def test_the_best_adapter_comes_first(make_trainer: Make, tmp_path: Path) -> Non
     records = read_log(tmp_path / "out" / "loss_log.jsonl").records
     evals = [r["eval_loss"] for r in records if "eval_loss" in r]
     assert trainer.evaluate()["eval_loss"] == pytest.approx(min(evals[1:]), abs=1e-6)
+
+
+def test_a_best_adapter_that_cannot_be_read_is_not_the_end(
+    make_trainer: Make, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def unreadable(*_: Any) -> None:
+        raise SafetensorError("header too small")
+
+    monkeypatch.setattr(BestAdapter, "put_back_", unreadable)
+    stopping = EarlyStopping(diagnose=with_verdict("healthy"))
+    trainer, _ = stopping_trainer(
+        make_trainer, stopping, eval_rows=ROWS[:4], eval_strategy="steps", eval_steps=2
+    )
+    break_from(trainer, 5)
+    trainer.train()
+    assert any("the best adapter cannot be read: header too small" in n for n in trainer.notes)
+    assert any("the last finite one kept" in note for note in trainer.notes)
+    assert is_finite(adapter_tensors(trainer.model))
 
 
 def test_weights_that_stayed_finite_stay(make_trainer: Make) -> None:
