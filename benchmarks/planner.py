@@ -56,12 +56,17 @@ def _options() -> argparse.Namespace:
     parser.add_argument("--dry", action="store_true", help="a tiny model on whatever there is")
     parser.add_argument("--draw", metavar="JSON", help="draw the rows of a result file")
     parser.add_argument("--peers", nargs="*", default=[], metavar="JSON", help="of train_step")
+    parser.add_argument("--steps", help="before those that count, and those: 3,5")
     parser.add_argument("--name", help="name of the result file")
     options = parser.parse_args()
     if sum(map(bool, (options.model, options.dry, options.draw))) != 1:
         parser.error("name one model, or pass --dry or --draw")
     if options.dry:
         options.cases = "2x32,2x48@0.0005"
+    steps = STEPS_DRY if options.dry else STEPS
+    if options.steps:
+        steps = tuple(int(part) for part in options.steps.split(","))
+    options.steps = steps
     return options
 
 
@@ -92,7 +97,7 @@ def _run(options: argparse.Namespace, folder: str, name: str) -> None:
     rows: list[dict[str, Any]] = []
     path = None
     for case in cases:
-        rows.append(_measure(model, optimizer, case, options.host_gib, is_dry=options.dry))
+        rows.append(_measure(model, optimizer, case, options.host_gib, options.steps))
         path = record.write(name, rows, model=Path(folder).name, is_t4=options.t4)
         print(" | ".join(_cells(rows[-1])), flush=True)
     print(_table(rows))
@@ -106,8 +111,7 @@ def _measure(
     optimizer: Any,
     case: tuple[int, int, float | None],
     host_gib: float | None,
-    *,
-    is_dry: bool,
+    steps: tuple[int, int],
 ) -> dict[str, Any]:
     import torch
 
@@ -129,7 +133,7 @@ def _measure(
     step = make_step(model, optimizer, case[:2], device)
     began = time.perf_counter()
     try:
-        found = time_unless_full(step, STEPS_DRY if is_dry else STEPS, row["tokens"], device)
+        found = time_unless_full(step, steps, row["tokens"], device)
     except BudgetTooSmall as error:
         return row | {"fits": False, "plan": str(error)}
     runtime = runtime_of(model)

@@ -1,6 +1,7 @@
 """What methods of quantisation cost: before and after fine-tuning, seeds and rows paired.
 
     python -m benchmarks.quantization [--methods nf4,dynamic +10%] [--seeds 1,2,3] [--steps 32]
+    python -m benchmarks.quantization --join quantization_1 quantization_2  # results of other seeds
     python -m benchmarks.quantization --dry
 
 Every method loads the model, gets adapters, is measured, trains on the same rows in the same order
@@ -13,6 +14,7 @@ from __future__ import annotations
 
 import argparse
 import gc
+import json
 import statistics
 import tempfile
 import time
@@ -50,6 +52,12 @@ def main() -> None:
     """Measure every method and seed; write after each, print the tables at the end."""
     options = _options()
     rows: list[dict[str, Any]] = []
+    if options.join:
+        rows, about = _joined(options.join)
+        summary = summarise(rows)
+        print(_table(summary))
+        print(f"wrote {record.write(options.name, rows, summary=summary, **about)}")
+        return
     for seed in options.seeds:
         reference: dict[str, Predictions] = {}
         for method in options.methods:
@@ -76,6 +84,7 @@ def _options() -> argparse.Namespace:
     parser.add_argument("--dtype", help="compute dtype; default: the machine's")
     parser.add_argument("--other-calibration", action="store_true", help="data of another kind")
     parser.add_argument("--name", default="quantization", help="name of the result file")
+    parser.add_argument("--join", nargs="*", metavar="NAME", help="result files of other seeds")
     parser.add_argument("--dry", action="store_true", help="one seed, one step, nothing written")
     options = parser.parse_args()
     if options.dry:
@@ -89,6 +98,24 @@ def _options() -> argparse.Namespace:
     # both are what the others are measured against
     options.methods = list(dict.fromkeys([REFERENCE, PLAIN, *options.methods]))
     return options
+
+
+def _joined(names: list[str]) -> tuple[list[dict[str, Any]], dict[str, Any]]:
+    """Rows of result files that differ in their seeds alone, and what they say of themselves."""
+    files = [json.loads((record.RESULTS / f"{name}.json").read_text("utf-8")) for name in names]
+    about = {**files[0], "joined": names}
+    for name in ("rows", "summary"):
+        about.pop(name, None)
+    seeds = [sorted({row["seed"] for row in file["rows"]}) for file in files]
+    alike = [
+        {k: v for k, v in file["options"].items() if k not in ("seeds", "name", "join")}
+        for file in files
+    ]
+    if any(options != alike[0] for options in alike):
+        raise SystemExit(f"the result files differ in more than their seeds: {alike}")
+    if len({seed for own in seeds for seed in own}) < sum(map(len, seeds)):
+        raise SystemExit(f"a seed is in two of the result files: {seeds}")
+    return [row for file in files for row in file["rows"]], about
 
 
 def _about(options: argparse.Namespace) -> dict[str, Any]:

@@ -15,6 +15,7 @@ from colab_qlora.models.dynamic_loading import DEFAULT_BUDGET
 from colab_qlora.models.loading import load_model_and_tokenizer
 from colab_qlora.models.saved_adapter import is_adapter_folder, load_adapter_folder
 from colab_qlora.models.settings import settings_of
+from colab_qlora.models.smart import bring_embedding_back
 
 
 class FastLanguageModel:
@@ -162,6 +163,7 @@ class FastLanguageModel:
     def for_inference(model: Any) -> Any:
         """Switch to generating: evaluation mode, key-value cache, no checkpointing."""
         disable_checkpointing(model)
+        bring_embedding_back(model)
         model.config.use_cache = True
         return model.eval()
 

@@ -33,6 +33,8 @@ class CostSettings:
         optimizer_bits: 8 or 32, of the two moments.
         has_gradients: gradients of earlier micro-batches are there (gradient accumulation).
         gemm_workspace_bytes: what cuBLAS has; 0 on a CPU.
+        embedding: where its table is: "gpu", "host", or "either", which leaves it to the planner
+            (and counts as "gpu" elsewhere).
     """
 
     itemsize: int = 2
@@ -47,12 +49,14 @@ class CostSettings:
     optimizer_bits: int = 8
     has_gradients: bool = False
     gemm_workspace_bytes: int = GEMM_WORKSPACE_BYTES
+    embedding: str = "gpu"
 
     def __post_init__(self) -> None:
         for name, allowed in (
             ("itemsize", (2, 4, 8)),
             ("optimizer_bits", (8, 32)),
             ("attention", tuple(FEATURES)),
+            ("embedding", ("gpu", "host", "either")),
         ):
             if getattr(self, name) not in allowed:
                 raise UserError(

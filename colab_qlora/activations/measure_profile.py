@@ -60,6 +60,7 @@ def cached_profile(shape: ModelShape, tokens: int, seq_length: int) -> GpuProfil
         torch.version.cuda,
         dataclasses.astuple(shape),
         (tokens, seq_length),
+        _attention_kernels(),
     )
     digest = hashlib.sha256(repr(key).encode()).hexdigest()[:16]
     path = cache_folder() / "gpu_profiles" / f"{digest}.json"
@@ -69,6 +70,16 @@ def cached_profile(shape: ModelShape, tokens: int, seq_length: int) -> GpuProfil
         if found.is_measured:
             write_profile(path, found)
     return found
+
+
+def _attention_kernels() -> tuple[bool, ...]:
+    """Which of torch's are switched on: attention's rate is that of the best among them."""
+    switches = torch.backends.cuda
+    return (
+        switches.flash_sdp_enabled(),
+        switches.cudnn_sdp_enabled(),
+        switches.mem_efficient_sdp_enabled(),
+    )
 
 
 def measure_or_recorded(shape: ModelShape, tokens: int, seq_length: int) -> GpuProfile:

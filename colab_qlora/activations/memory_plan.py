@@ -129,6 +129,11 @@ class Workload:
     def tokens(self) -> int:
         return self.batch_size * self.seq_length
 
+    @property
+    def input_bytes(self) -> int:
+        """Of the hidden states that come out of the embedding."""
+        return self.tokens * self.shape.hidden * self.settings.itemsize
+
     def batch_on(self, profile: GpuProfile) -> Batch:
         is_hopper = profile.capability >= (9, 0)
         workspace = GEMM_WORKSPACE_BYTES if is_hopper else GEMM_WORKSPACE_BYTES_BEFORE_HOPPER

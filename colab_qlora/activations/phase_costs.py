@@ -41,9 +41,10 @@ def attention_workspace(
     """Bytes that the attention takes beside its results, forward and backward: estimates.
 
     Known from this package's code: K and V repeated for every query head, and their gradients, for
-    the efficient and the CPU's kernel; row sums of the Triton kernel. Assumed, and not looked up: a
-    float32 sum of dq and row sums for FlashAttention, cuDNN and the memory-efficient kernel, and
-    FlashAttention's gradients of K and V for every query head. It may be off by as much.
+    the efficient and the CPU's kernel; row sums of the Triton kernel. Seen in the allocator's
+    history on an H200: cuDNN's float32 sum of dq, its gradients of K and V for every query head,
+    and row sums, in one piece. Assumed, and not looked up: the same for FlashAttention, and a
+    float32 sum of dq for the memory-efficient kernel. That may be off by as much.
     """
     queries = tokens * shape.query * settings.itemsize
     expanded = 2 * queries if shape.q_heads > shape.kv_heads else 0
@@ -57,11 +58,10 @@ def attention_workspace(
         share = min(1.0, max(MOST_REPEATED_BYTES, a_head) / expanded) if expanded else 1.0
         back = 2 * expanded + sums + (queries if share < 1 else 0)
         return int(share * expanded), int(share * back) + delta
-    if name.startswith("flash"):
+    if name == "cudnn" or name.startswith("flash"):
         return 0, expanded + sums + delta
     wide = 2 * tokens * shape.key_value * settings.statistic_bytes
     return {
-        "cudnn": (0, sums + delta),
         "triton": (0, delta),
         "cpu_flash": (expanded, 2 * expanded),
         "math": (_MATH_SCORE_BYTES, _MATH_SCORE_BYTES + wide),
@@ -224,12 +224,18 @@ def step_moments(
             found[phase] = moment
 
     add("optimizer", None, gradients, static["adapters"])
+    # LlamaModel.forward has a name for what came out of the embedding until it returns
+    named = row * shape.hidden if shape.layers and "h0" in offloads[0] else 0
     layer_phases = functools.cache(functools.partial(_layer_phases, *sizes, settings=settings))
     held = functools.cache(functools.partial(held_bytes, *sizes, settings=settings))
     for index, plan in enumerate(stored):
         late = earlier or gradients // shape.layers * (shape.layers - index)
         for phase, size in layer_phases(plan, is_last=index == shape.layers - 1).items():
-            add(phase, index, earlier if phase.startswith("forward") else late, size)
+            if phase.startswith("forward"):
+                # beside that of the layer before, which counts as a copy
+                add(phase, index, earlier, size + (named if index > 1 else 0))
+            else:
+                add(phase, index, late, size)
         moving = held(plan) - held(frozenset(plans[index])) if offloads[index] else 0
         if "h0" in offloads[index]:  # which a plan always names
             moving += row * shape.hidden

@@ -175,6 +175,10 @@ def _layer_lines(step: StepPlan) -> list[str]:
 def settings_text(step: StepPlan) -> list[str]:
     """The settings that are not the fastest ones, in words."""
     settings, found = step.batch.settings, []
+    if settings.embedding == "host":
+        shape = step.batch.shape
+        size = shape.vocab * shape.hidden * settings.itemsize / GIB
+        found.append(f"the embedding's {size:.2f} GiB wait on the host, which looks its rows up")
     if settings.mlp_tokens is not None and settings.mlp_tokens < step.batch.tokens:
         found.append(f"the MLP works on {settings.mlp_tokens} tokens at a time")
     if settings.max_weight_bytes is not None and settings.max_weight_bytes < WHOLE:

@@ -55,6 +55,7 @@ class ActivationRuntime:
         machine: gives the budgets as they are now, for the micro-batch of a workload.
         say: takes one line for people.
         device: where the model is.
+        move_embedding: sends the embedding's table to the host, once a plan wants that.
 
     Attributes:
         current: the plan of the pass that runs.
@@ -68,7 +69,9 @@ class ActivationRuntime:
         machine: Callable[[Workload], Machine],
         say: Callable[[str], None],
         device: torch.device,
+        move_embedding: Callable[[], None] | None = None,
     ) -> None:
+        self._move_embedding = move_embedding
         self.workload, self.say, self.device = workload, say, device
         self.share, self.is_at_floor = 1.0, False
         self.plans: dict[BatchKind, MemoryPlan] = {}
@@ -110,6 +113,14 @@ class ActivationRuntime:
         self.new_pass()
         return f"planning again with {self.share:.0%} of the memory"
 
+    def embedding_is_back(self) -> None:
+        """Its table is on the GPU again: plans that count on the host no longer hold."""
+        settings = self.workload.settings
+        if settings.embedding == "host":
+            self.workload = replace(self.workload, settings=replace(settings, embedding="either"))
+            self.plans.clear()
+            self.new_pass()
+
     @property
     def predicted_peak_bytes(self) -> int:
         """The largest peak of all plans so far; 0 if there are none."""
@@ -141,11 +152,20 @@ class ActivationRuntime:
                 f"{budget_bytes / GIB:.2f} that are free; trying with the least memory"
             )
             plan = plan_for(workload, replace(machine, budget_bytes=least))
+        if plan.step is not None and plan.step.batch.settings.embedding == "host":
+            self._send_embedding()
         if plan.step is not None and any(plan.step.offload):
             plan = self._with_host_memory(plan, kind)
         if not self.plans:
             self.say(plan.sentence())
         return plan
+
+    def _send_embedding(self) -> None:
+        """From now on its table is on the host, also for batches that would have had room."""
+        settings = self.workload.settings
+        if settings.embedding != "host" and self._move_embedding is not None:
+            self._move_embedding()
+            self.workload = replace(self.workload, settings=replace(settings, embedding="host"))
 
     def _with_host_memory(self, plan: MemoryPlan, kind: BatchKind) -> MemoryPlan:
         """The plan, or one without offloading if the host gives no page-locked memory."""

@@ -29,10 +29,11 @@ def nf4_bytes(numbers: int) -> int:
 def static_bytes(shape: ModelShape, rank: Rank, settings: CostSettings = DEFAULT) -> dict[str, int]:
     """Bytes that do not depend on the batch, by name.
 
-    Exact, as tensors' sizes: "weights" (bitsandbytes' blocks), "weight tables", "embedding", "head"
-    (0 if tied), "norms", "biases", "rotation" (two tables of frequencies), "adapters" (float32 in
-    `FlatParameters`' layout), "optimizer states" (`FlatAdamW`: a tensor of fewer than 4096 numbers
-    has float32 states) and "gradients" (float32, at the end of a backward pass; not before it).
+    Exact, as tensors' sizes: "weights" (bitsandbytes' blocks), "weight tables", "embedding" (0 if
+    it is on the host), "head" (0 if tied), "norms", "biases", "rotation" (two tables of
+    frequencies), "adapters" (float32 in `FlatParameters`' layout), "optimizer states" (`FlatAdamW`:
+    a tensor of fewer than 4096 numbers has float32 states) and "gradients" (float32, at the end of
+    a backward pass; not before it).
     Estimates: "GEMM workspace" and, outside torch's allocator, "CUDA context".
     """
     size, linears = settings.itemsize, [math.prod(shape.linear(name)) for name in LINEARS]
@@ -46,7 +47,7 @@ def static_bytes(shape: ModelShape, rank: Rank, settings: CostSettings = DEFAULT
     return {
         "weights": shape.layers * weights,
         "weight tables": shape.layers * tables,
-        "embedding": head,
+        "embedding": 0 if settings.embedding == "host" else head,
         "head": 0 if shape.is_tied else head,
         "norms": (shape.layers * norms + shape.hidden) * size,
         "biases": shape.layers * biases * size,

@@ -5,13 +5,15 @@ sum: while an early layer is rebuilt, later ones have let their tensors go. So t
 searched: the smallest one whose plan still has its true peak (`phase_costs.py`) inside the budget.
 
 Beside what each layer keeps, a step has settings, each of which saves memory at the price of time:
-the MLP in chunks of tokens (weights are decoded again for each chunk), gate and up decoded once or
-twice where they are recomputed, one weight decoded at a time, smaller chunks of logits. Each
-combination is planned, the fastest first, until no further one can win.
+the embedding's table on the host (its rows are gathered there), the MLP in chunks of tokens
+(weights are decoded again for each chunk), gate and up decoded once or twice where they are
+recomputed, one weight decoded at a time, smaller chunks of logits. Each combination is planned, the
+fastest first, until no further one can win.
 """
 
 from __future__ import annotations
 
+import contextlib
 import itertools
 import math
 from collections.abc import Iterator
@@ -142,7 +144,10 @@ def plan_step(
     for extra_s, settings in sorted(_settings(batch), key=lambda entry: entry[0]):
         if best is not None and best.plan.seconds <= extra_s:
             break
-        search = _Search(replace(batch, settings=settings), sequences, host_bytes, extra_s)
+        pinned = host_bytes - _table_bytes(batch, settings)
+        if pinned < 0:
+            continue
+        search = _Search(replace(batch, settings=settings), sequences, pinned, extra_s)
         try:
             found = search.best(budget_bytes - other_bytes)
         except BudgetTooSmall as error:
@@ -161,13 +166,27 @@ def can_plan(
     batch: Batch, sequences: int, budget_bytes: int, host_bytes: int = 0, other_bytes: int = 0
 ) -> bool:
     """Whether any plan fits: those of the settings with the least memory are tried."""
-    settings = max(_settings(batch), key=lambda entry: (not entry[1].holds_gate_up, entry[0]))[1]
-    search = _Search(replace(batch, settings=settings), sequences, host_bytes, 0.0)
-    try:
-        search.best(budget_bytes - other_bytes, is_any_enough=True)
-    except BudgetTooSmall:
-        return False
-    return True
+    slowest: dict[str, tuple[tuple[bool, float], CostSettings]] = {}
+    for extra_s, settings in _settings(batch):
+        found = (not settings.holds_gate_up, extra_s), settings
+        place = settings.embedding
+        slowest[place] = max(slowest.get(place, found), found, key=lambda entry: entry[0])
+    for _, settings in slowest.values():
+        pinned = host_bytes - _table_bytes(batch, settings)
+        if pinned < 0:
+            continue
+        search = _Search(replace(batch, settings=settings), sequences, pinned, 0.0)
+        with contextlib.suppress(BudgetTooSmall):
+            search.best(budget_bytes - other_bytes, is_any_enough=True)
+            return True
+    return False
+
+
+def _table_bytes(batch: Batch, settings: CostSettings) -> int:
+    """Host memory that the embedding's table will take, if the plan is what sends it there."""
+    if settings.embedding != "host" or batch.settings.embedding == "host":
+        return 0
+    return batch.shape.vocab * batch.shape.hidden * settings.itemsize
 
 
 def _with_others(error: BudgetTooSmall, budget_bytes: int, other_bytes: int) -> BudgetTooSmall:
@@ -312,8 +331,11 @@ def _settings(batch: Batch) -> Iterator[tuple[float, CostSettings]]:
     logits = [given.logits_budget_bytes]
     if given.logits_budget_bytes is None:
         logits.append(SMALL_LOGITS_BYTES)
-    for mlp_tokens, most_weight, logits_bytes, holds in itertools.product(
-        chunks, weights, logits, (False, True)
+    # without a copy rate there is no host to speak of
+    both = given.embedding == "either" and batch.profile.copy_up_bytes_per_s > 0
+    places = ("gpu", "host") if both else ("host" if given.embedding == "host" else "gpu",)
+    for mlp_tokens, most_weight, logits_bytes, holds, place in itertools.product(
+        chunks, weights, logits, (False, True), places
     ):
         settings = replace(
             given,
@@ -321,8 +343,9 @@ def _settings(batch: Batch) -> Iterator[tuple[float, CostSettings]]:
             max_weight_bytes=most_weight,
             logits_budget_bytes=logits_bytes,
             holds_gate_up=holds,
+            embedding=place,
         )
-        extra_s = 0.0
+        extra_s = batch.host_embedding_s if place == "host" else 0.0
         if mlp_tokens < batch.tokens:
             extra_s += _chunks_s(batch, mlp_tokens)
         if most_weight < WHOLE:

@@ -24,6 +24,8 @@ from colab_qlora.activations.static_costs import nf4_bytes, static_bytes
 # a layer's launches when everything is recomputed, against none of it: at Llama-3.2-1B's shapes and
 # 2 x 512 tokens, where an H100 waits for its host, a step took 72 ms against 53
 RECOMPUTE_LAUNCHES = 0.35
+# an assumption: rows of a table that the host gathers into page-locked memory
+HOST_GATHER_BYTES_PER_S = 4e9
 # backward of attention: five products of the forward's size in place of two
 ATTENTION_BACKWARD = 2.5
 
@@ -103,6 +105,13 @@ class Batch:
         moved = 5 * rows * self.shape.vocab * self.settings.itemsize
         moved += 8 * self._row * self.shape.hidden
         return flops / self.profile.gemm_flops_per_s + self._move_s(moved)
+
+    @functools.cached_property
+    def host_embedding_s(self) -> float:
+        """To gather a micro-batch's rows of the embedding on the host and send them over."""
+        moved = self._row * self.shape.hidden
+        copy_s = moved / self.profile.copy_up_bytes_per_s if self.profile.copy_up_bytes_per_s else 0
+        return moved / HOST_GATHER_BYTES_PER_S + copy_s
 
     @functools.cached_property
     def optimizer_s(self) -> float:

@@ -1,8 +1,9 @@
 """A layer's store that sends some of its tensors to host memory and has them back in time.
 
-Forward: a tensor's copy runs on a stream of its own beside the compute, which goes on at once. The
-GPU's memory is let go when the next layer has done its work, and from then on belongs to whatever
-comes next, so the compute stream waits for the copy first (it has had that layer's time to finish).
+Forward: a layer's copies start at its end, on a stream of their own beside the compute, which goes
+on at once. The GPU's memory is let go when the next layer has done its work, and from then on
+belongs to whatever comes next, so the compute stream waits for the copies first (they have had that
+layer's time to finish).
 Backward: a layer's first use of its store starts the fetch of the layer before it, on a second
 stream; by the time that layer works, its tensors are back.
 
@@ -19,6 +20,7 @@ it is, once. So of tensors that share memory all are offloaded or none.
 from __future__ import annotations
 
 import contextlib
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -27,8 +29,9 @@ import torch
 from colab_qlora.activations.host_pool import HostPool
 from colab_qlora.layers.saved import SavedTensors
 
-# a copy's end on the stream that made it; None where copies are not asynchronous
+# the end of copies on the stream that made them; None where copies are not asynchronous
 Event = Any
+Copies = Sequence[tuple[torch.Tensor, torch.Tensor]]
 
 
 class CopyLane:
@@ -44,35 +47,35 @@ class CopyLane:
         self._down: Any = None
         self._up: Any = None
 
-    def copy_down(self, source: torch.Tensor, block: torch.Tensor) -> Event:
-        """Start a copy to the host, after what is queued now."""
-        if self.device.type != "cuda":
-            block.copy_(source)
-            return None
-        if self._down is None:
+    def copy_down(self, copies: Copies) -> Event:
+        """Start copies (from, to) to the host, after what is queued now."""
+        if self._down is None and self.device.type == "cuda":
             self._down = torch.cuda.Stream(self.device)
-        return self._copy(source, block, self._down, None)
+        return self._copy(copies, self._down, None)
 
-    def copy_up(self, block: torch.Tensor, target: torch.Tensor, after: Event) -> Event:
-        """Start a copy back, after what is queued now and after `after`."""
-        if self.device.type != "cuda":
-            target.copy_(block)
-            return None
-        if self._up is None:
+    def copy_up(self, copies: Copies, after: Event) -> Event:
+        """Start copies (from, to) back, after what is queued now and after `after`."""
+        if self._up is None and self.device.type == "cuda":
             self._up = torch.cuda.Stream(self.device)
-        return self._copy(block, target, self._up, after)
+        return self._copy(copies, self._up, after)
 
     def wait(self, event: Event) -> None:
         """Have the compute stream wait for a copy."""
         if event is not None:
             torch.cuda.current_stream(self.device).wait_event(event)
 
-    def _copy(self, source: torch.Tensor, target: torch.Tensor, stream: Any, after: Event) -> Event:
+    def _copy(self, copies: Copies, stream: Any, after: Event) -> Event:
+        # a layer's copies together: to change the stream and back costs the host as much as ten
+        if stream is None:
+            for source, target in copies:
+                target.copy_(source)
+            return None
         stream.wait_stream(torch.cuda.current_stream(self.device))
         if after is not None:
             stream.wait_event(after)
         with torch.cuda.stream(stream):
-            target.copy_(source, non_blocking=True)
+            for source, target in copies:
+                target.copy_(source, non_blocking=True)
             return stream.record_event()
 
     def __getstate__(self) -> dict[str, Any]:
@@ -87,14 +90,15 @@ class _Parcel:
         bytes: its size.
         memory: on the GPU: before it has left, or after it has come back.
         block: on the host, at least as large.
-        left, came: ends of the copies.
     """
 
     bytes: int
     memory: torch.Tensor | None
     block: torch.Tensor
-    left: Event
-    came: Event = None
+
+    @property
+    def host(self) -> torch.Tensor:
+        return self.block[: self.bytes]
 
 
 @dataclass
@@ -131,6 +135,9 @@ class OffloadingStore(SavedTensors):
         self._parcels: dict[int, _Parcel] = {}
         self._views: dict[str, _View] = {}
         self._is_fetched = False
+        # ends of its copies
+        self._left: Event = None
+        self._came: Event = None
 
     def put(self, name: str, tensor: torch.Tensor, *, is_scratch: bool = False) -> None:
         """Keep or send away `tensor` if the plan names it; a view of scratch memory is copied."""
@@ -142,7 +149,10 @@ class OffloadingStore(SavedTensors):
         self._send(name, tensor)
 
     def end_forward(self) -> None:
-        """The layer has computed for as long as the copies of the one before it take."""
+        """Send away what was put; the copies of the layer before have had this layer's time."""
+        copies = [(p.memory, p.host) for p in self._parcels.values() if p.memory is not None]
+        if copies:
+            self._left = self._lane.copy_down(copies)
         if self._previous is not None:
             self._previous._let_go()
 
@@ -151,8 +161,7 @@ class OffloadingStore(SavedTensors):
         if not self._is_fetched:
             self.fetch()
             self._is_fetched = True
-            for parcel in self._parcels.values():
-                self._lane.wait(parcel.came)
+            self._lane.wait(self._came)
             if self._previous is not None:
                 self._previous.fetch()
         view = self._views.get(name)
@@ -165,20 +174,23 @@ class OffloadingStore(SavedTensors):
 
     def fetch(self) -> None:
         """Start to bring back what is not on the GPU."""
+        copies = []
         for parcel in self._parcels.values():
             if parcel.memory is None:
-                block = parcel.block[: parcel.bytes]
-                parcel.memory = torch.empty_like(block, device=self._lane.device)
-                parcel.came = self._lane.copy_up(block, parcel.memory, parcel.left)
+                parcel.memory = torch.empty_like(parcel.host, device=self._lane.device)
+                copies.append((parcel.host, parcel.memory))
+        if copies:
+            self._came = self._lane.copy_up(copies, self._left)
 
     def release(self) -> None:
         """Let all of them go; the blocks can be used again."""
         super().release()
         self._views.clear()
+        # a copy may still read memory that never left, or write what nobody asked for
+        self._lane.wait(self._left)
+        self._lane.wait(self._came)
+        self._left = self._came = None
         for parcel in self._parcels.values():
-            # a copy may still read memory that never left, or write what nobody asked for
-            self._lane.wait(parcel.left)
-            self._lane.wait(parcel.came)
             parcel.memory = None
             self._lane.pool.give_back(parcel.block)
         self._parcels.clear()
@@ -195,9 +207,7 @@ class OffloadingStore(SavedTensors):
         parcel = self._parcels.get(storage.data_ptr())
         if parcel is None:
             memory = torch.empty(0, dtype=torch.uint8, device=tensor.device).set_(storage)
-            block = self._lane.pool.take(memory.numel())
-            left = self._lane.copy_down(memory, block[: memory.numel()])
-            parcel = _Parcel(memory.numel(), memory, block, left)
+            parcel = _Parcel(memory.numel(), memory, self._lane.pool.take(memory.numel()))
             self._parcels[storage.data_ptr()] = parcel
         self._views[name] = _View(
             tensor.dtype, tensor.shape, tensor.stride(), int(tensor.storage_offset()), parcel
@@ -205,7 +215,8 @@ class OffloadingStore(SavedTensors):
 
     def _let_go(self) -> None:
         """Drop the GPU's memory of what has left."""
+        if self._is_fetched:
+            return
+        self._lane.wait(self._left)
         for parcel in self._parcels.values():
-            if parcel.memory is not None and not self._is_fetched:
-                self._lane.wait(parcel.left)
-                parcel.memory = None
+            parcel.memory = None

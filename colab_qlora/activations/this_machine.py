@@ -73,7 +73,10 @@ def this_machine(
     free, total = torch.cuda.mem_get_info(device)
     reserved = torch.cuda.memory_reserved(device)
     allocated = torch.cuda.memory_allocated(device)
-    margin = max(LEAST_MARGIN_BYTES, int(MARGIN_SHARE * total))
+    # a cap that somebody set (torch.cuda.set_per_process_memory_fraction) counts like a full GPU
+    cap = int(torch.cuda.get_per_process_memory_fraction(device) * total)
+    free = min(free, max(0, cap - reserved))
+    margin = max(LEAST_MARGIN_BYTES, int(MARGIN_SHARE * cap))
     usable = max(0, reserved + free - margin)
     host_bytes = max(0, int((host_free or 0.0) * GIB) - HOST_RESERVE_BYTES)
     if memory_budget_gib is not None and int(memory_budget_gib * GIB) > reserved + free:

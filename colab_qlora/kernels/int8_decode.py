@@ -133,10 +133,20 @@ def _launch(weight: Int8Weight, out: torch.Tensor) -> Launch | None:
     return start_repeatable(_decode_kernel, grid, arguments)
 
 
+def row_scales(absmax: torch.Tensor) -> torch.Tensor:
+    """absmax / 127, float32, the same bits on every device.
+
+    On a GPU torch divides by a Python number by multiplying with its reciprocal, which rounds
+    otherwise; by a tensor it divides.
+    """
+    scales: torch.Tensor = absmax.float() / torch.full((), 127.0, device=absmax.device)
+    return scales
+
+
 @torch.no_grad()
 def int8_decode_reference_(weight: Int8Weight, out: torch.Tensor) -> None:
     """`int8_decode_` in torch, a few rows at a time."""
-    scales = weight.absmax / 127
+    scales = row_scales(weight.absmax)
     step = max(1, CHUNK_CODES // max(weight.shape[1], 1))
     for first in range(0, weight.shape[0], step):
         part = slice(first, first + step)

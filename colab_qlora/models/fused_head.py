@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import functools
 import inspect
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -18,6 +19,7 @@ from colab_qlora.kernels.int8_decode import Int8Weight
 from colab_qlora.kernels.linear_cross_entropy import linear_cross_entropy
 from colab_qlora.kernels.linear_cross_entropy_inputs import count_labels
 from colab_qlora.models.fused_class import reduce_by, stock_class
+from colab_qlora.models.fused_layer import is_fused
 from colab_qlora.models.fused_state import fused_state
 from colab_qlora.models.key_value_cache import cache_field
 from colab_qlora.quantization.int8_modules import Int8Linear
@@ -119,14 +121,28 @@ def _own_class(self: Any) -> Any:
 
 
 def _enable_input_require_grads(self: Any) -> None:
-    """As transformers, whose hook is a local function, which cannot be pickled."""
+    """As transformers, with a hook that can be pickled, and that fused layers are spared."""
     _own_class(self).enable_input_require_grads(self)
     for handle in getattr(self, "_require_grads_hooks", ()):
-        handle.hooks_dict_ref()[handle.id] = _require_gradient
+        handle.hooks_dict_ref()[handle.id] = _InputGradients(self)
 
 
-def _require_gradient(module: Any, args: Any, output: torch.Tensor) -> None:
-    output.requires_grad_(True)
+@dataclass(frozen=True)
+class _InputGradients:
+    """A hook on the embedding: its output requires a gradient, unless every layer is fused.
+
+    transformers wants that for torch's checkpointing, through which nothing flows back to the
+    adapters of a layer whose input requires none. A fused layer needs no such thing, and the first
+    one would compute a gradient that nobody reads, of an output that the graph then holds.
+    """
+
+    causal: Any
+
+    def __call__(self, module: Any, args: Any, output: torch.Tensor) -> None:
+        layers = self.causal.model.layers
+        # somebody's own checkpointing around a layer stands in the instance
+        if not all(is_fused(layer) and "forward" not in vars(layer) for layer in layers):
+            output.requires_grad_(True)
 
 
 @functools.cache

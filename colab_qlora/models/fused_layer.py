@@ -110,5 +110,8 @@ def _stock_forward(self: Any, hidden: torch.Tensor, **kwargs: Any) -> torch.Tens
         kwargs["attention_mask"] = stock_mask(documents_of(mask), hidden, window, kind)
     stock = functools.partial(stock_class(type(self)).forward, self, **kwargs)
     if self.gradient_checkpointing and self.training and cache_in(kwargs) is None:
+        # torch's checkpointing may want it (use_reentrant=True), and the first layer's has none
+        if torch.is_grad_enabled() and not hidden.requires_grad:
+            hidden = hidden.detach().requires_grad_()
         return self._gradient_checkpointing_func(stock, hidden)
     return stock(hidden)

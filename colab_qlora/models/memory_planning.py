@@ -87,7 +87,9 @@ def _workload(
         return Workload(found.model_name, found.shape, r, 1, 1, settings=found.settings)
     name = str(model_or_name)
     shape = _shape_of_name(name, token, revision)
-    return Workload(name, shape, r, 1, 1, settings=CostSettings(is_4bit=load_in_4bit))
+    place = "gpu" if shape.is_tied else "either"
+    settings = CostSettings(is_4bit=load_in_4bit, embedding=place)
+    return Workload(name, shape, r, 1, 1, settings=settings)
 
 
 def _shape_of_name(name: str, token: str | None, revision: str | None) -> ModelShape:

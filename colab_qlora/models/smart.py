@@ -20,12 +20,21 @@ from colab_qlora.activations.static_costs import static_bytes
 from colab_qlora.activations.this_machine import CPU_PROFILE, this_machine
 from colab_qlora.layers.linear_group import PADDING
 from colab_qlora.models.fuse import causal_model, fused_layers, state_of
+from colab_qlora.models.host_embedding import (
+    EmbeddingMover,
+    bring_back,
+    is_on_host,
+    why_not_on_host,
+)
 from colab_qlora.models.stock_checkpointing import (
     StockPlanner,
     attach_stock_planner,
     detach_stock_planner,
     stock_planner_of,
 )
+
+# parts of `static_bytes` that are not there when a model is loaded
+_FROM_FIRST_STEP = ("optimizer states", "GEMM workspace")
 
 
 def workload_of(model: Any, batch_size: int = 1, seq_length: int = 1) -> Workload:
@@ -46,6 +55,7 @@ def workload_of(model: Any, batch_size: int = 1, seq_length: int = 1) -> Workloa
         has_dropout=any(_dropout(module) > 0 for module in every),
         spare_multiple=PADDING.get(device.type, 1),
         is_4bit=is_4bit,
+        embedding=_place_of_embedding(causal, device),
     )
     rank: Rank = ranks
     name = getattr(causal.config, "_name_or_path", "") or type(causal).__name__
@@ -69,16 +79,29 @@ def plan_batches(
         return attach_stock_planner(causal_model(model), memory_budget_gib, print_line)
     device = model_device(model)
     source = _MachineNow(device, memory_budget_gib, host_budget_gib)
-    state.runtime = ActivationRuntime(workload_of(model), source, print_line, device)
+    mover = EmbeddingMover(causal_model(model))
+    state.runtime = ActivationRuntime(workload_of(model), source, print_line, device, mover)
     return state.runtime
 
 
 def stop_planning(model: Any) -> None:
-    """Have layers follow their gradient_checkpointing flag again."""
+    """Have layers follow their gradient_checkpointing flag again, and the embedding come back."""
+    bring_embedding_back(model)
     state = state_of(model)
     if state is not None:
         state.runtime = None
     detach_stock_planner(causal_model(model))
+
+
+def bring_embedding_back(model: Any) -> None:
+    """Have the embedding's table on the GPU again, if a plan had sent it to the host."""
+    if state_of(model) is None:
+        return
+    causal, runtime = causal_model(model), runtime_of(model)
+    if is_on_host(causal.get_input_embeddings()):
+        bring_back(causal, model_device(model))
+    if runtime is not None:
+        runtime.embedding_is_back()
 
 
 def planner_of(model: Any) -> ActivationRuntime | StockPlanner | None:
@@ -115,10 +138,18 @@ def profile_for(device: torch.device, workload: Workload) -> GpuProfile:
 def resident_bytes(workload: Workload) -> int:
     """What the model and its adapters should have allocated before a step."""
     sizes = static_bytes(workload.shape, workload.rank, workload.settings)
-    later = {"CUDA context", "GEMM workspace", "optimizer states"}
+    later = {"CUDA context", *_FROM_FIRST_STEP}
     if not workload.settings.has_gradients:
         later.add("gradients")
     return sum(size for name, size in sizes.items() if name not in later)
+
+
+def _made_since(workload: Workload, resident: int, device: torch.device) -> int:
+    """What the first step has made for the following ones, as far as what is allocated shows it."""
+    sizes = static_bytes(workload.shape, workload.rank, workload.settings)
+    size = sum(sizes[name] for name in _FROM_FIRST_STEP)
+    there = torch.cuda.memory_allocated(device) - resident if device.type == "cuda" else 0
+    return size if there >= size else 0
 
 
 @dataclass(frozen=True)
@@ -130,13 +161,20 @@ class _MachineNow:
     host_budget_gib: float | None
 
     def __call__(self, workload: Workload) -> Machine:
+        resident = resident_bytes(workload) + workload.input_bytes
         return this_machine(
             self.device,
             profile_for(self.device, workload),
-            resident_bytes(workload),
+            resident + _made_since(workload, resident, self.device),
             self.memory_budget_gib,
             self.host_budget_gib,
         )
+
+
+def _place_of_embedding(causal: Any, device: torch.device) -> str:
+    if is_on_host(causal.get_input_embeddings()):
+        return "host"
+    return "gpu" if device.type != "cuda" or why_not_on_host(causal) else "either"
 
 
 def _linears(causal: Any) -> dict[str, list[Any]]:

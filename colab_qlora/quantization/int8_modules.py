@@ -21,9 +21,9 @@ from typing import Any
 import torch
 
 from colab_qlora.errors import UserError
-from colab_qlora.kernels.int8_decode import Int8Weight
+from colab_qlora.kernels.int8_decode import Int8Weight, row_scales
 from colab_qlora.kernels.int8_linear import int8_decoded, int8_linear
-from colab_qlora.quantization.int8_weight import LARGEST_CODE, encode_int8
+from colab_qlora.quantization.int8_weight import encode_int8
 
 
 class _Int8Module(torch.nn.Module):
@@ -238,7 +238,7 @@ class Int8Embedding(_Int8Module, torch.nn.Embedding):
     def forward(self, input: torch.Tensor) -> torch.Tensor:
         """Token ids (...) to rows (..., embedding_dim), scaled in float32, in `compute_dtype`."""
         codes = torch.nn.functional.embedding(input, self.weight)
-        scales = torch.nn.functional.embedding(input, self.SCB[:, None]) / LARGEST_CODE
+        scales = row_scales(torch.nn.functional.embedding(input, self.SCB[:, None]))
         return (codes.float() * scales).to(self.compute_dtype)
 
     def extra_repr(self) -> str:

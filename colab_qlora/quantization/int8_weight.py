@@ -14,6 +14,7 @@ from __future__ import annotations
 import torch
 
 from colab_qlora.errors import UserError
+from colab_qlora.kernels.int8_decode import row_scales
 from colab_qlora.quantization.row_chunks import row_slices
 
 LARGEST_CODE = 127
@@ -62,7 +63,7 @@ def decode_int8(
 ) -> torch.Tensor:
     """The weight that codes and absmax stand for, computed in float32, shape (rows, columns)."""
     weight = torch.empty(codes.shape, dtype=dtype, device=codes.device)
-    scales = (absmax.float() / LARGEST_CODE)[:, None]
+    scales = row_scales(absmax)[:, None]
     for part in row_slices(*codes.shape):
         weight[part] = codes[part].float() * scales[part]
     return weight

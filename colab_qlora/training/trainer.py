@@ -18,7 +18,7 @@ from transformers.trainer_utils import TrainOutput
 from transformers.utils.notebook import NotebookProgressCallback
 
 from colab_qlora.errors import UserError
-from colab_qlora.models.smart import runtime_of
+from colab_qlora.models.smart import bring_embedding_back, runtime_of
 from colab_qlora.quantization.remaking import follow_map, follow_or_say
 from colab_qlora.quantization.schedule import ScheduleSettings
 from colab_qlora.training.adapter_dtype import adapters_kept, adapters_to_float32
@@ -187,6 +187,7 @@ class SFTTrainer(RescuingTrainer):
         try:
             result = super().train(resume_from_checkpoint=resume_from_checkpoint, **kwargs)
             self._say_peak_memory()
+            bring_embedding_back(self.model)
             return result
         except KeyboardInterrupt:
             self._loss_log.note_end(self.state.global_step, "interrupted")

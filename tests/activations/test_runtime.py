@@ -285,10 +285,12 @@ class FakeGpu:
             patch.setattr(torch.cuda, name, lambda device, gib=gib: int(gib * GIB))
         both = (int(free * GIB), 15 * GIB)
         patch.setattr(torch.cuda, "mem_get_info", lambda device: both)
+        patch.setattr(torch.cuda, "get_per_process_memory_fraction", lambda device: self.share)
+        self.share = 1.0
 
 
 def test_budgets_of_a_gpu_are_what_is_free_now(monkeypatch: pytest.MonkeyPatch) -> None:
-    FakeGpu(monkeypatch, free=6, reserved=7, allocated=6.5)
+    gpu = FakeGpu(monkeypatch, free=6, reserved=7, allocated=6.5)
     device = torch.device("cuda")
     found = this_machine(device, SMALL, 6 * GIB)
     # 7 that torch has and 6 that it can get, less a margin
@@ -300,3 +302,6 @@ def test_budgets_of_a_gpu_are_what_is_free_now(monkeypatch: pytest.MonkeyPatch) 
     assert given.is_budget_given
     with pytest.raises(UserError, match=r"got 13.5; allowed: up to 12.70 GiB of 15.00: other pro"):
         this_machine(device, SMALL, 0, 13.5)
+    # torch.cuda.set_per_process_memory_fraction: 9 of the 15
+    gpu.share = 0.6
+    assert this_machine(device, SMALL, 0).budget_bytes / GIB == 8.75

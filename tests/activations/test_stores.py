@@ -17,7 +17,7 @@ from layer_helpers import DEVICE, batch, tiny_model  # noqa: E402
 
 from colab_qlora.activations.host_pool import HostPool  # noqa: E402
 from colab_qlora.activations.saved_classes import CLASSES, OFFLOADABLE, names_of  # noqa: E402
-from colab_qlora.activations.stores import CopyLane, OffloadingStore  # noqa: E402
+from colab_qlora.activations.stores import Copies, CopyLane, OffloadingStore  # noqa: E402
 from colab_qlora.models import fused_state  # noqa: E402
 from colab_qlora.models.fuse import fuse  # noqa: E402
 
@@ -33,22 +33,23 @@ class Recorder(CopyLane):
         self.log: list[tuple[Any, ...]] = []
         self.ends = 0
 
-    def copy_down(self, source: torch.Tensor, block: torch.Tensor) -> Any:
-        block.copy_(source)
-        return self._end("down", block)
+    def _copy(self, copies: Copies, stream: Any, after: Any) -> Any:
+        super()._copy(copies, None, after)
+        self.ends += 1
+        self.log.append((self.direction, self.ends, copies[0][0].data_ptr(), after))
+        return self.ends
 
-    def copy_up(self, block: torch.Tensor, target: torch.Tensor, after: Any) -> Any:
-        target.copy_(block)
-        return self._end("up", block, after)
+    def copy_down(self, copies: Copies) -> Any:
+        self.direction = "down"
+        return super().copy_down(copies)
+
+    def copy_up(self, copies: Copies, after: Any) -> Any:
+        self.direction = "up"
+        return super().copy_up(copies, after)
 
     def wait(self, event: Any) -> None:
         if event is not None:
             self.log.append(("wait", event))
-
-    def _end(self, what: str, block: torch.Tensor, *more: Any) -> int:
-        self.ends += 1
-        self.log.append((what, self.ends, block.data_ptr(), *more))
-        return self.ends
 
 
 def chain(lane: CopyLane, layers: int, offload: frozenset[str] = EVERYTHING) -> list[Any]:
@@ -133,8 +134,7 @@ def test_the_order_of_copies_and_waits() -> None:
         if number == 3:  # it never left the GPU
             assert not any(entry[0] == "wait" for entry in lane.log)
         else:
-            came = next(iter(stores[number]._parcels.values())).came
-            assert lane.log[0] == ("wait", came)
+            assert lane.log[0] == ("wait", stores[number]._came)
         # exactly the layer before comes while this one works, after it has left
         assert len(ups) == (number > 0)
         if number:
@@ -154,7 +154,7 @@ def test_a_pass_that_is_dropped_gives_its_blocks_back(begins_backward: bool) -> 
         store.end_forward()
     if begins_backward:
         stores[2].get("h0")
-    came = [p.came for store in stores for p in store._parcels.values() if p.came]
+    came = [store._came for store in stores if store._came]
     del stores, store
     gc.collect()
     # what was on its way back is waited for before its memory belongs to others
