@@ -19,6 +19,7 @@ Everything here is arithmetic on Python integers; no tensor is made.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Collection
 from dataclasses import dataclass
 
@@ -99,7 +100,20 @@ def kept_costs(
         rank: of all adapters, or of each by the linear's name.
         itemsize: bytes of an activation; statistics take 4, or 8 beside 8.
     """
-    layer = _Layer(shape, tokens, rank, itemsize)
+    key = rank if isinstance(rank, int) else tuple(sorted(rank.items()))
+    return dict(_kept_costs(shape, tokens, seq_length, key, itemsize))
+
+
+# a planner asks for the same few thousands of times
+@functools.lru_cache(maxsize=64)
+def _kept_costs(
+    shape: ModelShape,
+    tokens: int,
+    seq_length: int,
+    rank: int | tuple[tuple[str, int], ...],
+    itemsize: int,
+) -> dict[str, Kept]:
+    layer = _Layer(shape, tokens, rank if isinstance(rank, int) else dict(rank), itemsize)
     attention = attention_flops(shape, tokens, seq_length)
     found = {**_attention_costs(layer, attention), **_mlp_costs(layer)}
     return {name: found[name] for name in ALL_NAMES}

@@ -70,7 +70,7 @@ class CopyLimits:
     forward_s: float
     backward_s: float
     host_bytes_cap: int
-    share: float = 0.8
+    share: float = 0.95
     layers_in_flight: int = 2
 
     def hidden_bytes(self) -> int:

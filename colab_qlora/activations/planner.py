@@ -67,25 +67,44 @@ def make_plan(
         UserError: a choice without alternatives, one name twice in a layer, a size or time that
             is negative or no number, a copy rate of 0.
     """
-    _check(items, settings, copy_limits)
-    items = _in_order(items)
-    candidates = [
-        _Candidate(items, moved, copy_limits) for moved in offload_sets(items, copy_limits)
-    ]
-    best_s, best = math.inf, None
-    for choice in sorted(itertools.product(*settings), key=_extra_s):
-        if _extra_s(choice) >= best_s:
-            break
-        room = budget_bytes - _fixed_bytes(choice)
-        for candidate in candidates:
-            # of equals the first wins, which has the faster settings and offloads less
-            limit_s = (best_s - _extra_s(choice)) * (1 - _ROUNDING)
-            spent_s = candidate.seconds(room, limit_s)
-            if spent_s < limit_s:
-                best_s, best = _extra_s(choice) + spent_s, (choice, candidate, room)
-    if best is None:
-        raise _too_small(items, settings, budget_bytes, copy_limits, candidates)
-    return _plan(items, *best, copy_limits)
+    return Planner(items, copy_limits).plan(settings, budget_bytes)
+
+
+class Planner:
+    """`make_plan` for many budgets and settings: what the tensors alone decide is worked out once.
+
+    Args:
+        items, copy_limits: as in `make_plan`.
+
+    Raises:
+        UserError: as `make_plan`.
+    """
+
+    def __init__(self, items: Sequence[Item], copy_limits: CopyLimits | None = None) -> None:
+        _check(items, (), copy_limits)
+        self.items, self.limits = _in_order(items), copy_limits
+        self._candidates = [
+            _Candidate(self.items, moved, copy_limits)
+            for moved in offload_sets(self.items, copy_limits)
+        ]
+
+    def plan(self, settings: Sequence[Sequence[Setting]], budget_bytes: int) -> Plan:
+        """As `make_plan`."""
+        _check((), settings, None)
+        best_s, best = math.inf, None
+        for choice in sorted(itertools.product(*settings), key=_extra_s):
+            if _extra_s(choice) >= best_s:
+                break
+            room = budget_bytes - _fixed_bytes(choice)
+            for candidate in self._candidates:
+                # of equals the first wins, which has the faster settings and offloads less
+                limit_s = (best_s - _extra_s(choice)) * (1 - _ROUNDING)
+                spent_s = candidate.seconds(room, limit_s)
+                if spent_s < limit_s:
+                    best_s, best = _extra_s(choice) + spent_s, (choice, candidate, room)
+        if best is None:
+            raise _too_small(self.items, settings, budget_bytes, self.limits, self._candidates)
+        return _plan(self.items, *best, self.limits)
 
 
 class _Candidate:

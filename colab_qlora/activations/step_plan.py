@@ -24,7 +24,7 @@ from colab_qlora.activations.cost_settings import CostSettings
 from colab_qlora.activations.model_shape import LINEARS
 from colab_qlora.activations.phase_costs import Moment, step_moments
 from colab_qlora.activations.plan import BudgetTooSmall, CopyLimits, Item, Plan, Setting
-from colab_qlora.activations.planner import make_plan
+from colab_qlora.activations.planner import Planner
 from colab_qlora.activations.saved_classes import (
     CLASSES,
     OFFLOADABLE,
@@ -141,19 +141,26 @@ def plan_step(
     """
     best: StepPlan | None = None
     failures: list[BudgetTooSmall] = []
+    with_table: dict[CostSettings, float] = {}
     for extra_s, settings in sorted(_settings(batch), key=lambda entry: entry[0]):
         if best is not None and best.plan.seconds <= extra_s:
             break
-        pinned = host_bytes - _table_bytes(batch, settings)
-        if pinned < 0:
+        table = _table_bytes(batch, settings)
+        beside = with_table.get(replace(settings, embedding="gpu"))
+        if table > host_bytes:
             continue
-        search = _Search(replace(batch, settings=settings), sequences, pinned, extra_s)
+        search = _Search(replace(batch, settings=settings), sequences, host_bytes - table, extra_s)
+        # not even if the table's memory were filled with what saves most a byte
+        if best and beside and beside - table * search.most_worth + extra_s >= best.plan.seconds:
+            continue
         try:
             found = search.best(budget_bytes - other_bytes)
         except BudgetTooSmall as error:
             failures.append(error)
             continue
         found = replace(found, other_bytes=other_bytes)
+        if settings.embedding == "gpu":
+            with_table[settings] = found.plan.seconds - extra_s
         if best is None or found.plan.seconds < best.plan.seconds * (1 - 1e-9):
             best = found
     if best is None:
@@ -209,7 +216,12 @@ class _Search:
         self.seq_length = batch.tokens // sequences
         self.items = _items(batch, self.seq_length)
         self.limits = _copy_limits(batch, host_bytes)
+        self.most_worth = max((i.recompute_s / i.bytes for i in self.items if i.bytes), default=0.0)
         self.input_bytes = sum(item.bytes for item in self.items if item.name == "input")
+
+    @cached_property
+    def planner(self) -> Planner:
+        return Planner(self.items, self.limits)
 
     def best(self, budget_bytes: int, *, is_any_enough: bool = False) -> StepPlan:
         """The fastest plan found, or the first one.
@@ -246,7 +258,7 @@ class _Search:
 
     def plan(self, budget_bytes: int, fixed_bytes: int) -> StepPlan:
         setting = Setting("step", fixed_bytes, self.extra_s)
-        plan = make_plan(self.items, [[setting]], budget_bytes, self.limits)
+        plan = self.planner.plan([[setting]], budget_bytes)
         return StepPlan(self.batch, self.sequences, plan, self.moments(plan))
 
     def moments(self, plan: Plan) -> dict[str, Moment]:

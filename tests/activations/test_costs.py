@@ -26,6 +26,7 @@ from colab_qlora.activations import (  # noqa: E402
     static_costs,
 )
 from colab_qlora.activations.cost_settings import CostSettings  # noqa: E402
+from colab_qlora.activations.host_pool import HostPool  # noqa: E402
 from colab_qlora.activations.model_shape import (  # noqa: E402
     LINEARS,
     ModelShape,
@@ -33,6 +34,7 @@ from colab_qlora.activations.model_shape import (  # noqa: E402
     ranks_of,
     shape_of,
 )
+from colab_qlora.activations.stores import CopyLane, OffloadingStore  # noqa: E402
 from colab_qlora.errors import UserError  # noqa: E402
 from colab_qlora.kernels.attention import choose_attention  # noqa: E402
 from colab_qlora.kernels.backend import HAS_TRITON, is_interpreting, use_backend  # noqa: E402
@@ -432,27 +434,40 @@ def recorded_peaks(step: Any) -> dict[str, int]:
     reason="needs the CPU's allocator, and kernels that allocate as on a GPU",
 )
 @pytest.mark.parametrize(
-    ("plan", "mlp_tokens"),
+    ("plan", "mlp_tokens", "offload"),
     [
-        (KEEP_ALL, None),
-        (KEEP_INPUT, 14),
-        (KEEP_ALL - {"v", "h1", "up", "xa_down"}, None),
+        (KEEP_ALL, None, ""),
+        (KEEP_INPUT, 14, ""),
+        (KEEP_ALL - {"v", "h1", "up", "xa_down"}, None, ""),
+        (KEEP_ALL, None, "h0"),
+        (KEEP_ALL, None, "q k v h1"),
+        (KEEP_ALL - {"gate", "up", "o", "lse"}, None, "h0 q k v h1"),
     ],
 )
 def test_peaks_are_those_of_the_allocator(
-    monkeypatch: pytest.MonkeyPatch, plan: frozenset[str], mlp_tokens: int | None
+    monkeypatch: pytest.MonkeyPatch, plan: frozenset[str], mlp_tokens: int | None, offload: str
 ) -> None:
+    away, layers = frozenset(offload.split()), 5 if offload else 2
     monkeypatch.setitem(linear_group.PADDING, "cpu", 16)
-    monkeypatch.setitem(SIZES, "num_hidden_layers", 2)
+    monkeypatch.setitem(SIZES, "num_hidden_layers", layers)
     config = transformers.LlamaConfig(**SIZES)
-    monkeypatch.setitem(FAMILIES, "two_layers", config)
-    model = tiny_model("two_layers", torch.float32, r=1)
+    monkeypatch.setitem(FAMILIES, "some_layers", config)
+    model = tiny_model("some_layers", torch.float32, r=1)
     state = fuse(model)
     state.plan, state.mlp_tokens = plan, mlp_tokens
     ids = torch.randint(3, 101, (2, 14))
     threads = torch.get_num_threads()
+    lane, stores = CopyLane(torch.device("cpu"), HostPool(10**9)), []
+
+    def new_store(names: frozenset[str]) -> OffloadingStore:
+        stores.append(OffloadingStore(names - away, away, lane, stores[-1] if stores else None))
+        return stores[-1]
+
+    if away:
+        monkeypatch.setattr(fused_state, "SavedTensors", new_store)
 
     def step() -> None:
+        stores.clear()
         model(input_ids=ids, labels=ids).loss.backward()
 
     step()  # the scratch is there from now on
@@ -468,12 +483,15 @@ def test_peaks_are_those_of_the_allocator(
         itemsize=4, mlp_tokens=mlp_tokens, spare_multiple=16, attention="cpu_flash",
         is_4bit=False, gemm_workspace_bytes=0,
     )  # fmt: skip
-    given = (shape_of(config), 2, 14, 1, [plan] * 2, settings)
+    each = [plan - away] * layers, settings, [away] * layers
+    given = (shape_of(config), 2, 14, 1, *each)
     static = static_costs.static_bytes(given[0], 1, settings)
     there = sum(static.values()) - static["gradients"] - static["CUDA context"]
     there += sum(scratch_costs.scratch_bytes(given[0], 28, 1, [plan], settings).values())
     phases = {phase: size - there for phase, size in phase_costs.peak_phases(*given).items()}
     assert phase_costs.peak_bytes(*given) - there == max(phases.values())
+    if away:
+        assert lane.pool.bytes_held() > 0
     # the CPU's attention has a buffer of its own, and small things are not counted
     assert peaks.pop("") == pytest.approx(max(phases.values()), rel=0.03)
     assert peaks.keys() >= PHASES.keys() - {"backward rebuild"}

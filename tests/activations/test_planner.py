@@ -174,7 +174,7 @@ def test_llama_is_within_one_item_of_the_optimum(layers, has_copies, rates, sequ
     ]
     for seed in range(6):
         rng = random.Random(seed)
-        hidden = rng.uniform(1, 40) * unit / 0.8
+        hidden = rng.uniform(1, 40) * unit / CopyLimits.share
         cap = int(rng.uniform(0, 0.7) * total(items))
         limits = CopyLimits(1e9, 1e9, hidden / 1e9, hidden / 1e9, cap) if has_copies else None
         budget = 50 * unit + int(rng.uniform(0.15, 1) * total(items))
@@ -234,7 +234,7 @@ def test_nothing_that_can_be_rebuilt_is_offloaded_without_time_to_hide():
     items = llama_items(32, 1024, 2048, T4)
     smallest = min(item.bytes for item in items)
     budget = total(items) // 2
-    seconds = (smallest - 1) / 0.8 / 1e9
+    seconds = (smallest - 1) / CopyLimits.share / 1e9
     too_short = CopyLimits(1e9, 1e9, seconds, 9.0, total(items))
     for limits in (too_short, replace(too_short, forward_s=9.0, backward_s=seconds)):
         plan = make_plan(items, [], budget, limits)
