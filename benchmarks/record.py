@@ -49,12 +49,15 @@ def machine() -> str:
     return f"{name}, {os.cpu_count()} cores"
 
 
+def folder() -> Path:
+    """Where results are written: the results of a run elsewhere come back through another one."""
+    return Path(os.environ.get("BENCHMARK_RESULTS", RESULTS))
+
+
 def write(name: str, rows: list[dict[str, Any]], **about: Any) -> Path:
     """Write rows to benchmarks/results/<name>.json and return the path."""
-    # the results of a run elsewhere come back through this folder
-    folder = Path(os.environ.get("BENCHMARK_RESULTS", RESULTS))
-    folder.mkdir(parents=True, exist_ok=True)
-    path = folder / f"{name}.json"
+    folder().mkdir(parents=True, exist_ok=True)
+    path = folder() / f"{name}.json"
     content = {
         "date": datetime.date.today().isoformat(),
         "machine": machine(),

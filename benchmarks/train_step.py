@@ -6,9 +6,9 @@
 MODEL is a folder that `benchmarks.random_model` wrote, or any other Llama. Each implementation has
 a process of its own: stock transformers with PEFT and bitsandbytes (hf, hf_nockpt), the same with
 Liger (hf_liger), Unsloth (unsloth, unsloth_nockpt), and the kit with only the layers' inputs kept
-(ours), planned for what is free or for `--budget-gib` (ours_smart), and with all kept
-(ours_nockpt). `--dry` runs a tiny random model in this process, on a CPU if there is no GPU, to
-prove the script.
+(ours), planned for what is free or for `--budget-gib` (ours_smart), with all kept (ours_nockpt),
+and that with dynamic quantisation at +10 % (ours_dynamic; where it is named). `--dry` runs a tiny
+random model in this process, on a CPU if there is no GPU, to prove the script.
 """
 
 from __future__ import annotations
@@ -28,7 +28,8 @@ NAMES = (
     *("hf", "hf_nockpt", "hf_liger", "unsloth", "unsloth_nockpt"),
     *("ours", "ours_smart", "ours_nockpt"),
 )
-DRY_NAMES = "hf,ours,ours_nockpt"
+ALL_NAMES = (*NAMES, "ours_dynamic")
+DRY_NAMES = "hf,ours,ours_nockpt,ours_dynamic"
 # warm-up steps, and steps that count
 STEPS, STEPS_DRY = (3, 6), (1, 2)
 TIMEOUT_S = 400
@@ -93,9 +94,9 @@ def _fill_in(parser: argparse.ArgumentParser, options: argparse.Namespace) -> No
         options.model = str(Path(options.model).resolve())
     options.names = options.implementations or (DRY_NAMES if options.dry else ",".join(NAMES))
     options.names = options.names.split(",")
-    unknown = set(options.names) - set(NAMES)
+    unknown = set(options.names) - set(ALL_NAMES)
     if unknown:
-        parser.error(f"unknown: {', '.join(sorted(unknown))}; there are {', '.join(NAMES)}")
+        parser.error(f"unknown: {', '.join(sorted(unknown))}; there are {', '.join(ALL_NAMES)}")
     options.shapes = options.shapes or ("2x32" if options.dry else "2x2048,8x2048,1x8192")
     usual = "float16" if options.t4 else "float32" if options.dry else "bfloat16"
     options.dtype = options.dtype or usual

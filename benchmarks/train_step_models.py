@@ -6,14 +6,20 @@ dropout, adapters in float32, scaled dot product attention.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import random
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import torch
 
+from benchmarks import record
+
 TARGETS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 RANK, ALPHA, SEED = 16, 32, 42
+CALIBRATION_TEXTS, CALIBRATION_WORDS = 16, 256
 
 
 @dataclass(frozen=True)
@@ -89,10 +95,49 @@ def _ours(request: Request, *, checkpointing: bool | str) -> Any:
     return model
 
 
-def _fast(face: Any, request: Request, checkpointing: bool | str, **more: Any) -> Any:
+def _ours_dynamic(request: Request) -> Any:
+    """Everything kept, weights on the rungs of +10 %; calibrated on random words of the tokenizer.
+
+    What it loads is also drawn, as `quantization_<model>.png` beside the results.
+    """
+    from colab_qlora import FastLanguageModel, quantization_report
+    from colab_qlora.models.fuse import causal_model
+
+    options = {
+        "quantization": "dynamic",
+        "quantization_budget": "+10%",
+        "calibration_data": _random_texts(request.folder),
+    }
+    model = _fast(FastLanguageModel, request, False, load_options=options)
+    record.folder().mkdir(parents=True, exist_ok=True)
+    target = record.folder() / f"quantization_{Path(request.folder).name}.png"
+    quantization_report(causal_model(model)).draw().savefig(target, dpi=110)
+    return model
+
+
+def _random_texts(folder: str) -> list[str]:
+    from transformers import AutoTokenizer
+
+    words = sorted(AutoTokenizer.from_pretrained(folder).get_vocab())
+    draw = random.Random(SEED)
+    return [" ".join(draw.choices(words, k=CALIBRATION_WORDS)) for _ in range(CALIBRATION_TEXTS)]
+
+
+def _fast(
+    face: Any,
+    request: Request,
+    checkpointing: bool | str,
+    *,
+    load_options: Mapping[str, Any] = MappingProxyType({}),
+    **more: Any,
+) -> Any:
     """Through a `FastLanguageModel`, Unsloth's or ours."""
     model, _ = face.from_pretrained(
-        request.folder, max_seq_length=request.longest, dtype=request.dtype, load_in_4bit=True
+        request.folder,
+        max_seq_length=request.longest,
+        dtype=request.dtype,
+        load_in_4bit=True,
+        **load_options,
     )
     return face.get_peft_model(
         model,
@@ -116,6 +161,7 @@ IMPLEMENTATIONS: dict[str, Callable[[Request], Any]] = {
     "ours": lambda request: _ours(request, checkpointing=True),
     "ours_smart": lambda request: _ours(request, checkpointing="smart"),
     "ours_nockpt": lambda request: _ours(request, checkpointing=False),
+    "ours_dynamic": _ours_dynamic,
 }
 
 

@@ -94,14 +94,14 @@ def test_every_optimizer_is_timed(results: dict[str, Any]) -> None:
 
 def test_a_step_is_timed_by_each_implementation(results: dict[str, Any]) -> None:
     rows = {row["implementation"]: row for row in results["train_step_tiny_dry"]["rows"]}
-    assert list(rows) == ["hf", "ours", "ours_nockpt"]
+    assert list(rows) == ["hf", "ours", "ours_nockpt", "ours_dynamic"]
     for row in rows.values():
         assert not row["out_of_memory"]
         assert not row["stock_passes"]
         assert row["tokens_per_s"] == pytest.approx(64e3 / row["step_ms"])
         # the same checkpoint and the same tokens; adapters have hardly moved
         assert row["loss"] == pytest.approx(rows["hf"]["loss"], abs=0.02)
-    assert [row["optimizer"] for row in rows.values()] == ["bnb", "flat", "flat"]
+    assert [row["optimizer"] for row in rows.values()] == ["bnb", "flat", "flat", "flat"]
 
 
 def test_parity_shows_the_precision_of_each_dtype(results: dict[str, Any]) -> None:
