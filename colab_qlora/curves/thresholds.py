@@ -64,7 +64,7 @@ class Thresholds:
     little_learnt: float = 0.02
     little_fall: float = 0.05
     slow_fall: float = 0.30
-    slow_shape: float = 0.65
+    slow_shape: float = 0.70
     tail_fall: float = 0.05
 
     def __post_init__(self) -> None:
