@@ -1,4 +1,4 @@
-"""From a file of rows to examples that a trainer takes: read, check, format, audit, show, split.
+"""From rows to examples that a trainer takes: read, name, convert, check, audit, show, split.
 
 Plain Python: a tokenizer is passed in, and no module here imports torch or transformers.
 """
@@ -15,7 +15,11 @@ from colab_qlora.data.alpaca import (
     validate_alpaca,
 )
 from colab_qlora.data.audit import LengthReport, audit_lengths, check_labels
+from colab_qlora.data.conversations import standardize_data_formats, standardize_sharegpt
+from colab_qlora.data.duplicates import DuplicateReport, drop_duplicates
 from colab_qlora.data.encode import encode
+from colab_qlora.data.formats import DataFormat, detect_format
+from colab_qlora.data.merge_columns import to_sharegpt
 from colab_qlora.data.records import Records, read_records
 from colab_qlora.data.split import check_no_overlap, find_overlap, split_rows
 from colab_qlora.data.token_view import TokenView, show_tokens, token_rows
@@ -23,6 +27,8 @@ from colab_qlora.data.token_view import TokenView, show_tokens, token_rows
 __all__ = [
     "PROMPT_WITHOUT_INPUT",
     "PROMPT_WITH_INPUT",
+    "DataFormat",
+    "DuplicateReport",
     "LengthReport",
     "Records",
     "TokenView",
@@ -30,6 +36,8 @@ __all__ = [
     "audit_lengths",
     "check_labels",
     "check_no_overlap",
+    "detect_format",
+    "drop_duplicates",
     "encode",
     "find_overlap",
     "format_alpaca",
@@ -37,6 +45,9 @@ __all__ = [
     "read_records",
     "show_tokens",
     "split_rows",
+    "standardize_data_formats",
+    "standardize_sharegpt",
+    "to_sharegpt",
     "to_text",
     "token_rows",
     "validate_alpaca",

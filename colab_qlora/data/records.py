@@ -17,6 +17,8 @@ from colab_qlora.data.data_file import check_file, read_text
 from colab_qlora.data.read_json import read_json
 from colab_qlora.data.read_tables import read_csv, read_parquet
 from colab_qlora.data.row_sources import is_dataset, require_rows
+from colab_qlora.data.wording import counted
+from colab_qlora.errors import UserError
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -103,9 +105,7 @@ def read_records(path: str | PathLike[str] | Dataset) -> Records:
             data set has no row, is streamed, or is a dictionary of several.
     """
     if not isinstance(path, (str, PathLike)):
-        require_rows(path)
-        rows = path.with_format(None) if is_dataset(path) else path
-        return Records(tuple(dict(row) for row in rows), "dataset", tuple(range(len(rows))), "row")
+        return _read_dataset(path)
     file = Path(path).expanduser()
     check_file(file)
     suffix = file.suffix.lower()
@@ -115,3 +115,17 @@ def read_records(path: str | PathLike[str] | Dataset) -> Records:
     read = read_csv if suffix == ".csv" else read_json
     objects, lines = read(file.name, read_text(file))
     return Records(objects, file.name, lines)
+
+
+def _read_dataset(dataset: Any) -> Records:
+    require_rows(dataset)
+    if not is_dataset(dataset):
+        raise UserError(
+            "the rows are read already",
+            got=f"a {type(dataset).__name__} of {counted(len(dataset), 'row')}",
+            allowed="the path of a file, or a datasets.Dataset",
+            do="Use these rows as they are",
+        )
+    # a format would turn the cells into tensors or arrays
+    rows = tuple(dict(row) for row in dataset.with_format(None))
+    return Records(rows, "dataset", tuple(range(len(rows))), "row")

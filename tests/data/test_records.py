@@ -107,7 +107,7 @@ def test_missing_file_lists_data_files_where_no_name_is_close(write, refused, tm
 
 def test_missing_file_in_an_empty_folder(refused, tmp_path):
     message = refused(read_records, tmp_path / "a.jsonl")
-    assert f"{tmp_path} has no .jsonl or .json file)" in message
+    assert f"{tmp_path} has no .jsonl, .json, .csv or .parquet file)" in message
 
 
 def test_missing_folder_is_named(refused, tmp_path):
@@ -116,15 +116,15 @@ def test_missing_folder_is_named(refused, tmp_path):
 
 
 def test_directory_and_foreign_suffix(write, refused, tmp_path):
-    csv = write("a,b\n1,2\n", "train.csv")
+    foreign = write("a,b\n1,2\n", "train.xlsx")
     message = refused(read_records, tmp_path)
     assert "is a directory" in message
-    assert "no .jsonl or .json file" in message
+    assert "no .jsonl, .json, .csv or .parquet file" in message
     write(ROWS, "a.jsonl")
     assert "a directory with a.jsonl;" in refused(read_records, tmp_path)
-    message = refused(read_records, csv)
-    assert "train.csv" in message
-    assert "got suffix '.csv'; allowed: .jsonl or .json." in message
+    message = refused(read_records, foreign)
+    assert "train.xlsx" in message
+    assert "got suffix '.xlsx'; allowed: .jsonl, .json, .csv or .parquet." in message
 
 
 @pytest.mark.parametrize("name", ["e.jsonl", "e.json"])
@@ -268,7 +268,8 @@ def test_importing_the_folder_pulls_in_no_heavy_library():
     root = Path(__file__).resolve().parents[2]
     code = (
         "import sys, colab_qlora.data\n"
-        "heavy = {'torch', 'transformers', 'datasets', 'IPython', 'numpy'} & set(sys.modules)\n"
+        "heavy = {'torch', 'transformers', 'datasets', 'pyarrow', 'pandas', 'IPython', 'numpy'}\n"
+        "heavy &= set(sys.modules)\n"
         "assert not heavy, heavy"
     )
     subprocess.run(

@@ -1,0 +1,207 @@
+"""Read one conversation into role and content messages, or say what is wrong with it.
+
+Two layouts of a message are in use, and both become the second:
+
+    {"from": "human", "value": "Hello"}    {"role": "user", "content": "Hello"}
+
+A conversation has at most one system message, in front; then user and assistant take turns, the
+user first. Chat templates either refuse another order or lay it out as no model has seen it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+
+from colab_qlora.data.wording import first_few, kind_of, shown
+from colab_qlora.errors import UserError
+
+CONVERSATION_FIELDS = ("conversations", "messages")
+# (role, text) of each layout
+MESSAGE_LAYOUTS = (("role", "content"), ("from", "value"))
+
+SYSTEM_NAMES = ("system", "developer")
+USER_NAMES = ("user", "human", "input", "prompter")
+ASSISTANT_NAMES = ("gpt", "assistant", "output", "model", "chatgpt", "bot")
+_TOOL_NAMES = ("tool", "function", "function_call", "function_response", "observation", "ipython")
+_TOOL_FIELDS = ("tool_calls", "function_call", "tool_call_id")
+
+
+@dataclass(frozen=True)
+class Fault:
+    """What is wrong with a conversation.
+
+    Args:
+        kind: a key of `REMEDIES`.
+        text: the fault as a clause that begins with its place, such as "'messages[2].role' is 3".
+    """
+
+    kind: str
+    text: str
+
+
+# (what is allowed, what to do) for each kind of fault
+REMEDIES = {
+    "layout": (
+        "a list of messages with 'role' and 'content', or with 'from' and 'value'",
+        "Write these rows again in one of the two layouts",
+    ),
+    "role": (
+        "a role that is one of the aliases",
+        "Name it in aliases_for_system, aliases_for_user or aliases_for_assistant",
+    ),
+    "tool": (
+        "messages of system, user and assistant",
+        "Delete these rows, or write the tool's call and answer as text of the two speakers",
+    ),
+    "part": (
+        "text, or a list of parts of type 'text'",
+        "Delete these rows, or keep the text parts only",
+    ),
+    "empty": (
+        "text in every message",
+        "Fill or delete the messages named here; a system message may simply be left out",
+    ),
+    "order": (
+        "at most one system message, in front, then user and assistant in turn, the user first",
+        "Join messages of one speaker, and delete what stands before the first user message",
+    ),
+    "weight": (
+        "assistant messages that are all to be learned",
+        "Delete these messages or rows, or delete their 'weight' to train on them",
+    ),
+}
+
+
+def role_table(
+    system: Iterable[str] = SYSTEM_NAMES,
+    user: Iterable[str] = USER_NAMES,
+    assistant: Iterable[str] = ASSISTANT_NAMES,
+) -> dict[str, str]:
+    """Return {alias in lower case: "system", "user" or "assistant"}.
+
+    Raises:
+        UserError: a list of aliases is no list of texts, or an alias stands for two roles.
+    """
+    table: dict[str, str] = {}
+    for role, aliases in (("system", system), ("user", user), ("assistant", assistant)):
+        names = [aliases] if isinstance(aliases, str) else list(aliases)
+        for name in names:
+            if isinstance(aliases, str) or not isinstance(name, str):
+                raise UserError(
+                    f"aliases_for_{role} is not a list of names",
+                    got=shown(aliases),
+                    allowed="a list of texts",
+                    do=f"Pass aliases_for_{role}=[{role!r}]",
+                )
+            if table.setdefault(name.casefold(), role) != role:
+                raise UserError(
+                    "an alias stands for two roles",
+                    got=f"{name!r} for {table[name.casefold()]} and for {role}",
+                    allowed="each alias for one role",
+                    do=f"Take it out of aliases_for_{table[name.casefold()]} "
+                    f"or of aliases_for_{role}",
+                )
+    return table
+
+
+def read_conversation(
+    messages: object, field: str, roles: Mapping[str, str]
+) -> tuple[list[dict[str, str]], list[Fault]]:
+    """Read the messages of one row.
+
+    Args:
+        messages: what the row has in `field`.
+        field: the field's name, as faults show it.
+        roles: what `role_table` returned.
+
+    Returns:
+        The messages as {"role": text, "content": text}, and the faults. Where there is a fault, the
+        messages are not to be used.
+    """
+    if messages is None:
+        return [], [Fault("layout", f"{field!r} is missing")]
+    if not isinstance(messages, list):
+        return [], [Fault("layout", f"{field!r} is {kind_of(messages)}, not a list of messages")]
+    if not messages:
+        return [], [Fault("empty", f"{field!r} has no message")]
+    turns, faults = [], []
+    for index, message in enumerate(messages):
+        turn = _read_message(message, f"{field}[{index}]", roles)
+        if isinstance(turn, Fault):
+            faults.append(turn)
+        else:
+            turns.append(turn)
+    # an order cannot be judged with messages missing from it
+    return turns, faults or _order_faults(turns, field)
+
+
+def message_layout(message: object) -> tuple[str, str] | None:
+    """The pair of `MESSAGE_LAYOUTS` that a message has, None for neither or both."""
+    if not isinstance(message, Mapping):
+        return None
+    # Arrow gives every message the fields of all, with None where there was none
+    found = [pair for pair in MESSAGE_LAYOUTS if message.get(pair[0]) is not None]
+    return found[0] if len(found) == 1 else None
+
+
+def _read_message(message: object, place: str, roles: Mapping[str, str]) -> dict[str, str] | Fault:
+    layout = message_layout(message)
+    if layout is None or not isinstance(message, Mapping):
+        return Fault("layout", f"'{place}' {_fields_of(message)}")
+    for name in _TOOL_FIELDS:
+        if message.get(name):
+            return Fault("tool", f"'{place}.{name}' is a tool's")
+    role_field, text_field = layout
+    said = message[role_field]
+    role = roles.get(said.casefold()) if isinstance(said, str) else None
+    if role is None:
+        is_tool = isinstance(said, str) and said.casefold() in _TOOL_NAMES
+        known = "" if is_tool else f", none of {', '.join(roles)}"
+        return Fault(
+            "tool" if is_tool else "role", f"'{place}.{role_field}' is {shown(said)}{known}"
+        )
+    weight = message.get("weight")
+    if role == "assistant" and weight is not None and not weight:
+        return Fault("weight", f"'{place}.weight' is {shown(weight)}, which would be ignored")
+    text = _read_text(message.get(text_field), f"{place}.{text_field}")
+    return text if isinstance(text, Fault) else {"role": role, "content": text}
+
+
+def _fields_of(message: object) -> str:
+    if not isinstance(message, Mapping):
+        return f"is {kind_of(message)}, not an object"
+    filled = [shown(key) for key, value in message.items() if value is not None]
+    return f"has {first_few(filled, limit=4, separator=', ') or 'no field'}"
+
+
+def _read_text(content: object, place: str) -> str | Fault:
+    """The text of one message, whose parts are joined where it has several."""
+    if isinstance(content, list):
+        for index, part in enumerate(content):
+            if not isinstance(part, Mapping) or not isinstance(part.get("text"), str):
+                kind = part.get("type") if isinstance(part, Mapping) else None
+                named = f"of type {shown(kind)}" if kind is not None else kind_of(part)
+                return Fault("part", f"'{place}[{index}]' is {named}")
+        content = "".join(part["text"] for part in content)
+    if content is None:
+        return Fault("empty", f"'{place}' is missing")
+    if not isinstance(content, str):
+        return Fault("part", f"'{place}' is {kind_of(content)} ({shown(content)})")
+    if not content.strip():
+        return Fault("empty", f"'{place}' is {'only white space' if content else 'empty'}")
+    return content
+
+
+def _order_faults(turns: list[dict[str, str]], field: str) -> list[Fault]:
+    """The first place where the speakers are out of turn."""
+    roles = [turn["role"] for turn in turns]
+    start = 1 if roles[0] == "system" else 0
+    for index, role in enumerate(roles[start:], start):
+        expected = ("user", "assistant")[(index - start) % 2]
+        if role != expected:
+            place = f"'{field}[{index}]'"
+            return [Fault("order", f"{place} is the {role}'s where the {expected}'s is due")]
+    if "assistant" not in roles:
+        return [Fault("order", f"{field!r} has no message of the assistant to learn from")]
+    return []
