@@ -28,6 +28,8 @@ def ask(
     """
     import torch
 
+    from colab_qlora.models.host_embedding import compute_device
+
     if prompt_template is None and tokenizer.chat_template:
         inputs = tokenizer.apply_chat_template(
             [{"role": "user", "content": question}],
@@ -37,7 +39,7 @@ def ask(
         )
     else:
         inputs = tokenizer((prompt_template or "{}").format(question), return_tensors="pt")
-    inputs = inputs.to(next(model.parameters()).device)
+    inputs = inputs.to(compute_device(model))
     was_training, had_cache = model.training, model.config.use_cache
     model.eval()
     model.config.use_cache = True

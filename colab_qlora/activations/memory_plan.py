@@ -115,6 +115,7 @@ class Workload:
         seq_length: tokens in each, padding included.
         document_tokens: mean tokens of a document, where several are packed into a sequence.
         settings: how the step runs; attention and GEMM workspace are set for the machine.
+        has_stepped: the optimiser's states are there already.
     """
 
     model_name: str
@@ -124,6 +125,7 @@ class Workload:
     seq_length: int
     document_tokens: int | None = None
     settings: CostSettings = field(default_factory=CostSettings)
+    has_stepped: bool = False
 
     @property
     def tokens(self) -> int:

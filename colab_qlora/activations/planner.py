@@ -88,6 +88,11 @@ class Planner:
             for moved in offload_sets(self.items, copy_limits)
         ]
 
+    @property
+    def least_bytes(self) -> int:
+        """GPU memory of what cannot be rebuilt, where most of it is offloaded."""
+        return min(candidate.forced_bytes for candidate in self._candidates)
+
     def plan(self, settings: Sequence[Sequence[Setting]], budget_bytes: int) -> Plan:
         """As `make_plan`."""
         _check((), settings, None)

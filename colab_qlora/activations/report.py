@@ -8,7 +8,8 @@ from collections.abc import Iterable
 
 from colab_qlora.activations.memory_plan import GIB, MemoryPlan
 from colab_qlora.activations.static_costs import CUDA_CONTEXT_BYTES
-from colab_qlora.activations.step_plan import WHOLE, StepPlan
+from colab_qlora.activations.step_plan import StepPlan
+from colab_qlora.activations.step_settings import WHOLE
 
 WIDTH = 100
 WORDS = {

@@ -78,6 +78,7 @@ class ActivationRuntime:
         self.current: MemoryPlan | None = None
         self._machine = machine
         self._can_offload = True
+        self._has_run = False
         self._lane: CopyLane | None = None
         self._last: OffloadingStore | None = None
 
@@ -88,6 +89,10 @@ class ActivationRuntime:
     def plan_of(self, kind: BatchKind) -> MemoryPlan:
         """The plan of the pass that runs; made, if its bucket has none yet."""
         if self.current is None:
+            # gradients that an earlier pass left are gone: an optimiser has used them
+            if self._has_run and not kind.has_gradients:
+                self.workload = replace(self.workload, has_stepped=True)
+            self._has_run = True
             bucket = replace(kind, seq_length=bucket_length(kind.seq_length))
             if bucket not in self.plans:
                 self.plans[bucket] = self._new_plan(bucket)
@@ -127,7 +132,12 @@ class ActivationRuntime:
         return max((p.step.peak_bytes for p in self.plans.values() if p.step), default=0)
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**vars(self), "plans": {}, "current": None, "_lane": None, "_last": None}
+        """Settings alone: of a copy nobody knows which table its plans could send away."""
+        settings = self.workload.settings
+        place = "gpu" if settings.embedding == "either" else settings.embedding
+        workload = replace(self.workload, settings=replace(settings, embedding=place))
+        now: dict[str, Any] = dict.fromkeys(("current", "_lane", "_last", "_move_embedding"))
+        return {**vars(self), **now, "plans": {}, "workload": workload}
 
     def _new_plan(self, kind: BatchKind) -> MemoryPlan:
         settings = replace(self.workload.settings, has_gradients=kind.has_gradients)

@@ -14,14 +14,10 @@ fastest first, until no further one can win.
 from __future__ import annotations
 
 import contextlib
-import itertools
-import math
-from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from functools import cached_property
 
 from colab_qlora.activations.cost_settings import CostSettings
-from colab_qlora.activations.model_shape import LINEARS
 from colab_qlora.activations.phase_costs import Moment, step_moments
 from colab_qlora.activations.plan import BudgetTooSmall, CopyLimits, Item, Plan, Setting
 from colab_qlora.activations.planner import Planner
@@ -32,20 +28,10 @@ from colab_qlora.activations.saved_classes import (
     host_blocks,
     names_of,
 )
-from colab_qlora.activations.static_costs import nf4_bytes
+from colab_qlora.activations.step_settings import settings_of_step, table_bytes
 from colab_qlora.activations.step_time import Batch
 
-_MIB = 2**20
-# tokens of a chunk of the MLP; fewer leave a large GPU waiting for the weights
-MLP_CHUNKS = (32768, 16384, 8192, 4096, 2048, 1024)
-SMALL_LOGITS_BYTES = 64 * _MIB
-# an assumption: a GEMM over a quarter of the rows, which reads the head as often again
-SMALL_LOGITS_SHARE = 0.1
-# an assumption: two more launches of a decode and a GEMM for each layer and direction
-LAUNCH_S = 10e-6
 _SEARCH_STEPS = 12
-# more tokens, or bytes, than there are: nothing is divided
-WHOLE = 2**62
 
 
 @dataclass(frozen=True)
@@ -142,15 +128,16 @@ def plan_step(
     best: StepPlan | None = None
     failures: list[BudgetTooSmall] = []
     with_table: dict[CostSettings, float] = {}
-    for extra_s, settings in sorted(_settings(batch), key=lambda entry: entry[0]):
+    for extra_s, settings in sorted(settings_of_step(batch), key=lambda entry: entry[0]):
         if best is not None and best.plan.seconds <= extra_s:
             break
-        table = _table_bytes(batch, settings)
+        table = table_bytes(batch, settings)
         beside = with_table.get(replace(settings, embedding="gpu"))
         if table > host_bytes:
             continue
         search = _Search(replace(batch, settings=settings), sequences, host_bytes - table, extra_s)
-        # not even if the table's memory were filled with what saves most a byte
+        # nothing is won even if the table's memory is filled with what saves most a byte (what is
+        # offloaded saves more, so this may in theory leave out the best; 148 cases showed none)
         if best and beside and beside - table * search.most_worth + extra_s >= best.plan.seconds:
             continue
         try:
@@ -174,12 +161,12 @@ def can_plan(
 ) -> bool:
     """Whether any plan fits: those of the settings with the least memory are tried."""
     slowest: dict[str, tuple[tuple[bool, float], CostSettings]] = {}
-    for extra_s, settings in _settings(batch):
+    for extra_s, settings in settings_of_step(batch):
         found = (not settings.holds_gate_up, extra_s), settings
         place = settings.embedding
         slowest[place] = max(slowest.get(place, found), found, key=lambda entry: entry[0])
     for _, settings in slowest.values():
-        pinned = host_bytes - _table_bytes(batch, settings)
+        pinned = host_bytes - table_bytes(batch, settings)
         if pinned < 0:
             continue
         search = _Search(replace(batch, settings=settings), sequences, pinned, 0.0)
@@ -187,13 +174,6 @@ def can_plan(
             search.best(budget_bytes - other_bytes, is_any_enough=True)
             return True
     return False
-
-
-def _table_bytes(batch: Batch, settings: CostSettings) -> int:
-    """Host memory that the embedding's table will take, if the plan is what sends it there."""
-    if settings.embedding != "host" or batch.settings.embedding == "host":
-        return 0
-    return batch.shape.vocab * batch.shape.hidden * settings.itemsize
 
 
 def _with_others(error: BudgetTooSmall, budget_bytes: int, other_bytes: int) -> BudgetTooSmall:
@@ -231,8 +211,8 @@ class _Search:
         """
         low = self.beside(frozenset(CLASSES))
         usual = self.beside(frozenset({"input"}))
-        # leaves room for nothing but the layers' inputs
-        high = max(usual, budget_bytes - self.input_bytes)
+        # leaves room for nothing but what cannot be rebuilt: the layers' inputs, or their copies
+        high = max(usual, budget_bytes - self.planner.least_bytes)
         best: StepPlan | None = None
         for step in range(_SEARCH_STEPS):
             fixed = (usual, high)[step] if step < 2 else (low + high) // 2
@@ -326,53 +306,3 @@ def _copy_limits(batch: Batch, host_bytes: int) -> CopyLimits | None:
     if host_bytes <= 0 or min(down, up) <= 0:
         return None
     return CopyLimits(down, up, batch.forward_s, batch.backward_s, host_bytes)
-
-
-def _settings(batch: Batch) -> Iterator[tuple[float, CostSettings]]:
-    """Every combination, with the seconds a step that it costs beyond the fastest.
-
-    All are explicit: what is left to the layers depends on what they keep, and so would the order
-    of sums, while plans with the same settings agree bit by bit.
-    """
-    given = batch.settings
-    chunks = [WHOLE, *(size for size in MLP_CHUNKS if size < batch.tokens)]
-    if given.mlp_tokens is not None or given.has_dropout:
-        chunks = [given.mlp_tokens or WHOLE]
-    largest = max(math.prod(batch.shape.linear(name)) for name in LINEARS) * given.itemsize
-    weights = [WHOLE, largest] if given.max_weight_bytes is None else [given.max_weight_bytes]
-    logits = [given.logits_budget_bytes]
-    if given.logits_budget_bytes is None:
-        logits.append(SMALL_LOGITS_BYTES)
-    # without a copy rate there is no host to speak of
-    both = given.embedding == "either" and batch.profile.copy_up_bytes_per_s > 0
-    places = ("gpu", "host") if both else ("host" if given.embedding == "host" else "gpu",)
-    for mlp_tokens, most_weight, logits_bytes, holds, place in itertools.product(
-        chunks, weights, logits, (False, True), places
-    ):
-        settings = replace(
-            given,
-            mlp_tokens=mlp_tokens,
-            max_weight_bytes=most_weight,
-            logits_budget_bytes=logits_bytes,
-            holds_gate_up=holds,
-            embedding=place,
-        )
-        extra_s = batch.host_embedding_s if place == "host" else 0.0
-        if mlp_tokens < batch.tokens:
-            extra_s += _chunks_s(batch, mlp_tokens)
-        if most_weight < WHOLE:
-            extra_s += 4 * LAUNCH_S * batch.shape.layers
-        if logits_bytes is not None:
-            extra_s += SMALL_LOGITS_SHARE * batch.head_s
-        yield extra_s, settings
-
-
-def _chunks_s(batch: Batch, mlp_tokens: int) -> float:
-    """Seconds a step for decoding the MLP's weights once more for every further chunk."""
-    shape = batch.shape
-    numbers = 3 * shape.hidden * shape.intermediate
-    moved = (
-        nf4_bytes(numbers) if batch.settings.is_4bit else 0
-    ) + numbers * batch.settings.itemsize
-    further = -(-batch.tokens // mlp_tokens) - 1
-    return 2 * shape.layers * further * moved / batch.profile.decode_bytes_per_s

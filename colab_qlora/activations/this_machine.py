@@ -75,17 +75,18 @@ def this_machine(
     allocated = torch.cuda.memory_allocated(device)
     # a cap that somebody set (torch.cuda.set_per_process_memory_fraction) counts like a full GPU
     cap = int(torch.cuda.get_per_process_memory_fraction(device) * total)
+    others = max(0, total - free - reserved - CUDA_CONTEXT_BYTES)
     free = min(free, max(0, cap - reserved))
     margin = max(LEAST_MARGIN_BYTES, int(MARGIN_SHARE * cap))
     usable = max(0, reserved + free - margin)
     host_bytes = max(0, int((host_free or 0.0) * GIB) - HOST_RESERVE_BYTES)
     if memory_budget_gib is not None and int(memory_budget_gib * GIB) > reserved + free:
-        others = max(0, total - free - reserved - CUDA_CONTEXT_BYTES)
+        capped = "" if cap == total else f"; this process may have {cap / GIB:.2f} of it"
         raise UserError(
             "memory_budget_gib is more than this process can have",
             got=memory_budget_gib,
             allowed=f"up to {usable / GIB:.2f} GiB of {total / GIB:.2f}: other processes hold "
-            f"about {others / GIB:.2f} GiB, CUDA itself {CUDA_CONTEXT_BYTES / GIB:.2f}",
+            f"about {others / GIB:.2f} GiB, CUDA itself {CUDA_CONTEXT_BYTES / GIB:.2f}{capped}",
             do="Lower it, leave it out, or end what else runs on the GPU (nvidia-smi lists it)",
         )
     machine = machine_of(profile, memory_budget_gib, host_budget_gib, usable=usable)

@@ -20,6 +20,7 @@ from colab_qlora.models.fused_head import fused_head_class, is_fused_head, why_h
 from colab_qlora.models.fused_layer import fused_layer_class, is_fused
 from colab_qlora.models.fused_norm import can_fuse_norm, fused_norm_class, is_fused_norm
 from colab_qlora.models.fused_state import ATTRIBUTE, LAYER_NUMBER, FusedState, fused_state
+from colab_qlora.models.host_embedding import bring_back, compute_device, is_on_host
 
 _HANDLES = "colab_qlora_hooks"
 
@@ -79,10 +80,16 @@ def fuse(model: Any, state: FusedState | None = None) -> FusedState:
 
 def restore(model: Any) -> Any:
     """Undo `fuse`: the model is what it was, with the adapters and weights that it has now."""
+    return _restore(model, keeps_table=False)
+
+
+def _restore(model: Any, *, keeps_table: bool) -> Any:
     causal = causal_model(model)
     state = fused_state(causal)
     if state is None:
         return model
+    if not keeps_table and is_on_host(causal.get_input_embeddings()):
+        bring_back(causal, compute_device(causal))
     for module in causal.modules():
         if is_fused(module) or is_fused_norm(module):
             module.__class__ = stock_class(type(module))
@@ -107,7 +114,7 @@ def unfused(model: Any) -> Iterator[None]:
     if state is None:
         yield
         return
-    restore(model)
+    _restore(model, keeps_table=True)
     state.forget()
     try:
         yield

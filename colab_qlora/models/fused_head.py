@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import functools
 import inspect
-from dataclasses import dataclass
+import weakref
 from typing import Any
 
 import torch
@@ -127,19 +127,25 @@ def _enable_input_require_grads(self: Any) -> None:
         handle.hooks_dict_ref()[handle.id] = _InputGradients(self)
 
 
-@dataclass(frozen=True)
 class _InputGradients:
     """A hook on the embedding: its output requires a gradient, unless every layer is fused.
 
     transformers wants that for torch's checkpointing, through which nothing flows back to the
     adapters of a layer whose input requires none. A fused layer needs no such thing, and the first
     one would compute a gradient that nobody reads, of an output that the graph then holds.
+    The model is held weakly, so that a copy of the embedding is not one of the model; a copied hook
+    knows no layers.
     """
 
-    causal: Any
+    def __init__(self, causal: Any = None) -> None:
+        self._causal = weakref.ref(causal) if causal is not None else lambda: None
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return _InputGradients, ()
 
     def __call__(self, module: Any, args: Any, output: torch.Tensor) -> None:
-        layers = self.causal.model.layers
+        causal = self._causal()
+        layers = causal.model.layers if causal is not None else [None]
         # somebody's own checkpointing around a layer stands in the instance
         if not all(is_fused(layer) and "forward" not in vars(layer) for layer in layers):
             output.requires_grad_(True)

@@ -11,7 +11,6 @@ parameter itself stay.
 from __future__ import annotations
 
 import functools
-from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -21,12 +20,17 @@ from colab_qlora.models.fused_class import reduce_by, stock_class
 
 def why_not_on_host(causal: Any) -> str:
     """Why the embedding of a causal language model has to stay; empty if it can go."""
+    from colab_qlora.quantization.dynamic import dynamic_state
+
     table = causal.get_input_embeddings()
     if type(table) is not torch.nn.Embedding and not is_on_host(table):
         return f"the embedding is a {type(table).__name__}"
     head = causal.get_output_embeddings()
-    if head is not None and getattr(head, "weight", None) is table.weight:
+    # also the one that a wrapper of PEFT keeps beside the trained copy
+    if head is not None and any(weight is table.weight for weight in head.parameters()):
         return "the head shares the embedding's weight"
+    if dynamic_state(causal) is not None:
+        return "its precision may change while the model trains"
     if table.weight.requires_grad:
         return "the embedding is trained"
     if table.max_norm is not None or "forward" in table.__dict__:
@@ -43,27 +47,26 @@ def move_to_host(causal: Any) -> None:
     """Send the table to host memory; its rows are gathered there from now on."""
     table = causal.get_input_embeddings()
     if not is_on_host(table):
-        table.weight.data = table.weight.data.cpu()
         stock: Any = type(table)
+        table.weight.data = table.weight.data.cpu()
         table.__class__ = host_embedding_class(stock)
 
 
 def bring_back(causal: Any, device: torch.device) -> None:
-    """Undo `move_to_host`."""
+    """Undo `move_to_host`; where memory runs out, the table is still on the host, and in use."""
     table = causal.get_input_embeddings()
     if is_on_host(table):
-        table.__class__ = stock_class(type(table))
-        table.weight.data = table.weight.data.to(device)
+        moved = table.weight.data.to(device)
+        table.weight.data, table.__class__ = moved, stock_class(type(table))
 
 
-@dataclass(frozen=True)
-class EmbeddingMover:
-    """`move_to_host` for one model; a class of its own, so that a model can be copied."""
-
-    causal: Any
-
-    def __call__(self) -> None:
-        move_to_host(self.causal)
+def compute_device(model: torch.nn.Module) -> torch.device:
+    """Where a model computes: its first parameter's device, but for a table on the host."""
+    tables = [m.weight for m in model.modules() if is_on_host(m)]
+    for parameter in model.parameters():
+        if not any(parameter is table for table in tables):
+            return parameter.device
+    return torch.device("cpu")
 
 
 @functools.cache
@@ -79,7 +82,11 @@ def _forward(self: Any, input: torch.Tensor) -> torch.Tensor:
     if self.weight.device == input.device:
         rows: torch.Tensor = torch.nn.functional.embedding(input, self.weight, self.padding_idx)
         return rows
-    return gather_rows(self.weight.detach(), input)
+    if self.weight.requires_grad:  # somebody trains it after all
+        ids = input.to(self.weight.device)
+        rows = torch.nn.functional.embedding(ids, self.weight, self.padding_idx)
+        return rows.to(input.device)
+    return gather_rows(self.weight, input)
 
 
 def gather_rows(table: torch.Tensor, ids: torch.Tensor) -> torch.Tensor:

@@ -6,6 +6,7 @@ as wholes (`stock_checkpointing.py`).
 
 from __future__ import annotations
 
+import weakref
 from dataclasses import dataclass
 from typing import Any
 
@@ -21,9 +22,9 @@ from colab_qlora.activations.this_machine import CPU_PROFILE, this_machine
 from colab_qlora.layers.linear_group import PADDING
 from colab_qlora.models.fuse import causal_model, fused_layers, state_of
 from colab_qlora.models.host_embedding import (
-    EmbeddingMover,
     bring_back,
     is_on_host,
+    move_to_host,
     why_not_on_host,
 )
 from colab_qlora.models.stock_checkpointing import (
@@ -79,8 +80,11 @@ def plan_batches(
         return attach_stock_planner(causal_model(model), memory_budget_gib, print_line)
     device = model_device(model)
     source = _MachineNow(device, memory_budget_gib, host_budget_gib)
-    mover = EmbeddingMover(causal_model(model))
-    state.runtime = ActivationRuntime(workload_of(model), source, print_line, device, mover)
+    # weakly: what holds the runtime can be copied without the model
+    causal = weakref.ref(causal_model(model))
+    state.runtime = ActivationRuntime(
+        workload_of(model), source, print_line, device, lambda: move_to_host(causal())
+    )
     return state.runtime
 
 
@@ -95,10 +99,9 @@ def stop_planning(model: Any) -> None:
 
 def bring_embedding_back(model: Any) -> None:
     """Have the embedding's table on the GPU again, if a plan had sent it to the host."""
-    if state_of(model) is None:
-        return
     causal, runtime = causal_model(model), runtime_of(model)
-    if is_on_host(causal.get_input_embeddings()):
+    find = getattr(causal, "get_input_embeddings", None)
+    if find is not None and is_on_host(find()):
         bring_back(causal, model_device(model))
     if runtime is not None:
         runtime.embedding_is_back()
@@ -138,18 +141,12 @@ def profile_for(device: torch.device, workload: Workload) -> GpuProfile:
 def resident_bytes(workload: Workload) -> int:
     """What the model and its adapters should have allocated before a step."""
     sizes = static_bytes(workload.shape, workload.rank, workload.settings)
-    later = {"CUDA context", *_FROM_FIRST_STEP}
+    later = {"CUDA context"}
+    if not workload.has_stepped:
+        later.update(_FROM_FIRST_STEP)
     if not workload.settings.has_gradients:
         later.add("gradients")
     return sum(size for name, size in sizes.items() if name not in later)
-
-
-def _made_since(workload: Workload, resident: int, device: torch.device) -> int:
-    """What the first step has made for the following ones, as far as what is allocated shows it."""
-    sizes = static_bytes(workload.shape, workload.rank, workload.settings)
-    size = sum(sizes[name] for name in _FROM_FIRST_STEP)
-    there = torch.cuda.memory_allocated(device) - resident if device.type == "cuda" else 0
-    return size if there >= size else 0
 
 
 @dataclass(frozen=True)
@@ -161,11 +158,10 @@ class _MachineNow:
     host_budget_gib: float | None
 
     def __call__(self, workload: Workload) -> Machine:
-        resident = resident_bytes(workload) + workload.input_bytes
         return this_machine(
             self.device,
             profile_for(self.device, workload),
-            resident + _made_since(workload, resident, self.device),
+            resident_bytes(workload) + workload.input_bytes,
             self.memory_budget_gib,
             self.host_budget_gib,
         )

@@ -29,6 +29,7 @@ from torch.utils.checkpoint import checkpoint
 
 from colab_qlora.errors import UserError
 from colab_qlora.models.fuse import unfused
+from colab_qlora.models.host_embedding import compute_device
 from colab_qlora.models.stock_checkpointing import checkpointed_layers
 from colab_qlora.quantization.activation_statistics import ActivationCollector
 from colab_qlora.quantization.first_order import product_dtype
@@ -80,7 +81,7 @@ def measure_live(
         BrokenPrices: no labels, or numbers that are infinite or NaN.
         SourceGone: the source cannot be read, as it says so itself.
     """
-    device = next(model.parameters()).device
+    device = compute_device(model)
     meter = PriceMeter(model, source, gemm_dtype=product_dtype(device), loss_scale=loss_scale)
     collector = ActivationCollector(model)
     passes = 0

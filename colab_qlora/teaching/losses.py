@@ -8,6 +8,7 @@ from typing import Any
 import torch
 
 from colab_qlora.errors import UserError
+from colab_qlora.models.host_embedding import compute_device
 from colab_qlora.quantization.calibration import IGNORED, labelled_batches
 
 __all__ = ["answer_loss"]
@@ -28,7 +29,7 @@ def answer_loss(
     Raises:
         UserError: no row has a label within that length.
     """
-    device = next(model.parameters()).device
+    device = compute_device(model)
     was_training = model.training
     model.eval()
     total, count = 0.0, 0

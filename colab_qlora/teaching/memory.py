@@ -15,6 +15,7 @@ from typing import Any
 import torch
 
 from colab_qlora.errors import UserError
+from colab_qlora.models.host_embedding import compute_device
 from colab_qlora.models.settings import settings_of
 from colab_qlora.teaching.activations import (
     layer_bytes_per_token,
@@ -184,7 +185,7 @@ def _step_parts(
     """What comes and goes in a step: kept activations, then the logits, then one layer after the
     other."""
     shape, dtype = layer_shape(model.config), _compute_dtype(model)
-    on_cpu = next(model.parameters()).device.type == "cpu"
+    on_cpu = compute_device(model).type == "cpu"
     ranks = sum(sum(layer.r.get(a, 0) for a in layer.active_adapters) for layer in lora)
     full = layer_bytes_per_token(
         shape, -(-ranks // shape.layers), dtype.itemsize, on_cpu and dtype == torch.bfloat16

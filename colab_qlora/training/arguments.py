@@ -18,6 +18,7 @@ import trl
 
 from colab_qlora.dtypes import pick_compute_dtype
 from colab_qlora.errors import UserError
+from colab_qlora.models.host_embedding import compute_device
 from colab_qlora.models.quiet_import import without_rename_warnings
 
 # names that scripts still pass to the trainer -> today's field of SFTConfig
@@ -123,7 +124,7 @@ def rebuild(args: transformers.TrainingArguments, **changes: Any) -> trl.SFTConf
 
 def _precision(args: Any, model: Any, say: Callable[[str], None]) -> dict[str, Any]:
     """bf16, fp16, use_cpu from the dtype that the model computes in, which the hardware has."""
-    on_gpu = next(model.parameters()).device.type == "cuda"
+    on_gpu = compute_device(model).type == "cuda"
     dtype = compute_dtype_of(model)
     possible = {torch.bfloat16: "bf16", torch.float16: "fp16"}.get(dtype)
     if not on_gpu and possible == "fp16":

@@ -187,7 +187,6 @@ class SFTTrainer(RescuingTrainer):
         try:
             result = super().train(resume_from_checkpoint=resume_from_checkpoint, **kwargs)
             self._say_peak_memory()
-            bring_embedding_back(self.model)
             return result
         except KeyboardInterrupt:
             self._loss_log.note_end(self.state.global_step, "interrupted")
@@ -202,9 +201,19 @@ class SFTTrainer(RescuingTrainer):
             raise
         finally:
             self.args.eval_on_start = eval_on_start
+            self._bring_embedding_back()
             self._loss_log.close()  # raises nothing: the readers have to be told in any case
             for reader in self._readers():
                 reader.run_ended()
+
+    def _bring_embedding_back(self) -> None:
+        try:
+            bring_embedding_back(self.model)
+        except torch.OutOfMemoryError:
+            self._say(
+                "the embedding's table stays on the host for want of GPU memory; "
+                "FastLanguageModel.for_inference(model) brings it back"
+            )
 
     def _say_peak_memory(self) -> None:
         """What the run took, beside what was planned for it."""

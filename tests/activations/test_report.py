@@ -9,7 +9,7 @@ from machines import GIB, LARGE, LLAMA_3_8B, SMALL, machine
 
 from colab_qlora.activations.memory_plan import MemoryPlan, Workload, plan_for
 from colab_qlora.activations.report import WIDTH, peak_parts, seconds_text, settings_text
-from colab_qlora.activations.step_plan import WHOLE
+from colab_qlora.activations.step_settings import WHOLE
 from colab_qlora.teaching.plan_picture import ROWS, action_of, describe_plan
 
 CASES = {

@@ -22,13 +22,18 @@ from colab_qlora.activations.memory_plan import Machine  # noqa: E402
 from colab_qlora.activations.model_shape import shape_of  # noqa: E402
 from colab_qlora.activations.phase_costs import peak_bytes  # noqa: E402
 from colab_qlora.activations.plan import BudgetTooSmall  # noqa: E402
-from colab_qlora.activations.runtime import BatchKind, bucket_length  # noqa: E402
-from colab_qlora.activations.this_machine import this_machine  # noqa: E402
+from colab_qlora.activations.runtime import (  # noqa: E402
+    ActivationRuntime,
+    BatchKind,
+    bucket_length,
+)
+from colab_qlora.activations.static_costs import static_bytes  # noqa: E402
+from colab_qlora.activations.this_machine import CPU_PROFILE, this_machine  # noqa: E402
 from colab_qlora.errors import UserError  # noqa: E402
 from colab_qlora.layers.saved import KEEP_ALL  # noqa: E402
 from colab_qlora.models.adapters import set_gradient_checkpointing  # noqa: E402
 from colab_qlora.models.fuse import fuse, restore, state_of  # noqa: E402
-from colab_qlora.models.smart import runtime_of, workload_of  # noqa: E402
+from colab_qlora.models.smart import resident_bytes, runtime_of, workload_of  # noqa: E402
 
 KIB = 1024
 
@@ -305,3 +310,28 @@ def test_budgets_of_a_gpu_are_what_is_free_now(monkeypatch: pytest.MonkeyPatch) 
     # torch.cuda.set_per_process_memory_fraction: 9 of the 15
     gpu.share = 0.6
     assert this_machine(device, SMALL, 0).budget_bytes / GIB == 8.75
+    message = r"other processes hold about 1.50 GiB, .*; this process may have 9.00 of it"
+    with pytest.raises(UserError, match=message):
+        this_machine(device, SMALL, 0, 9.5)
+
+
+def test_an_optimisers_states_are_there_once_gradients_have_gone() -> None:
+    model = tiny_model("llama", torch.float32)
+    fuse(model)
+    seen = []
+    machine = Machine(CPU_PROFILE, 2**30, 0)
+    runtime = ActivationRuntime(
+        workload_of(model), lambda w: seen.append(w) or machine, print, torch.device("cpu")
+    )
+    for kind in (
+        BatchKind(1, 64),
+        BatchKind(1, 64, has_gradients=True),  # accumulates
+        BatchKind(1, 128),
+        BatchKind(1, 256, has_gradients=True),
+    ):
+        runtime.new_pass()
+        runtime.plan_of(kind)
+    assert [workload.has_stepped for workload in seen] == [False, False, True, True]
+    more = resident_bytes(seen[2]) - resident_bytes(seen[0])
+    sizes = static_bytes(seen[0].shape, seen[0].rank, seen[0].settings)
+    assert more == sizes["optimizer states"] + sizes["GEMM workspace"] > 0

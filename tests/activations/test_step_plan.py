@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import itertools
 import math
 
@@ -10,12 +11,13 @@ from machines import GIB, LARGE, LLAMA_3_8B, SMALL
 
 from colab_qlora.activations.cost_settings import CostSettings
 from colab_qlora.activations.costs import held_bytes
+from colab_qlora.activations.gpu_profile import GpuProfile
 from colab_qlora.activations.model_shape import ModelShape
 from colab_qlora.activations.phase_costs import peak_bytes, step_moments
 from colab_qlora.activations.plan import BudgetTooSmall
 from colab_qlora.activations.saved_classes import CLASSES, class_bytes, names_of
 from colab_qlora.activations.step_plan import can_plan, plan_step
-from colab_qlora.activations.step_time import Batch
+from colab_qlora.activations.step_time import HOST_GATHER_BYTES_PER_S, Batch
 from colab_qlora.layers.saved import ALL_NAMES, KEEP_INPUT
 
 
@@ -154,3 +156,41 @@ def test_every_budget_from_the_floor_up_has_a_plan(itemsize: int, tokens: int) -
     # keeping a little may need less than rebuilding it, so the floor is not the very least
     with pytest.raises(BudgetTooSmall):
         plan_step(batch, 1, int(0.9 * floor))
+
+
+@pytest.mark.parametrize("profile", [LARGE, SMALL], ids=["large", "small"])
+@pytest.mark.parametrize("sizes", [(2, 512), (2, 2048), (1, 8192)], ids=str)
+def test_where_the_embedding_goes_is_the_better_of_both(
+    profile: GpuProfile, sizes: tuple[int, int]
+) -> None:
+    """Against a search of each place alone, which leaves nothing out."""
+    table = LLAMA_3_8B.vocab * LLAMA_3_8B.hidden * 2
+    chosen = set()
+    for gib, host_gib in itertools.product((5.2, 6, 6.5, 8, 12), (0, 0.5, 4, 16)):
+        alone = {}
+        for place, less in (("gpu", 0), ("host", table)):
+            with contextlib.suppress(BudgetTooSmall):
+                batch = batch_of(profile, *sizes, embedding=place)
+                room = int(host_gib * GIB) - less
+                if room >= 0:
+                    alone[place] = plan_step(batch, sizes[0], int(gib * GIB), room)
+        both = batch_of(profile, *sizes, embedding="either")
+        assert can_plan(both, sizes[0], int(gib * GIB), int(host_gib * GIB)) == bool(alone)
+        if not alone:
+            continue
+        found = plan_step(both, sizes[0], int(gib * GIB), int(host_gib * GIB))
+        best_s = min(plan.step_s for plan in alone.values())
+        assert found.step_s == pytest.approx(best_s, rel=1e-3)
+        chosen.add(found.batch.settings.embedding)
+    assert chosen == {"gpu", "host"}
+
+
+def test_a_table_on_the_host_costs_its_rows_and_saves_itself() -> None:
+    table = LLAMA_3_8B.vocab * LLAMA_3_8B.hidden * 2
+    here, away = (batch_of(SMALL, 2, 2048, embedding=place) for place in ("gpu", "host"))
+    plans = [plan_step(batch, 2, 40 * GIB) for batch in (here, away)]
+    assert plans[0].peak_bytes - plans[1].peak_bytes == table
+    rows = 2 * 2048 * 4096 * 2
+    assert plans[1].step_s - plans[0].step_s == pytest.approx(
+        rows / HOST_GATHER_BYTES_PER_S + rows / SMALL.copy_up_bytes_per_s
+    )

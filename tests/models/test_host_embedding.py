@@ -19,11 +19,15 @@ from layer_helpers import DEVICE, batch, tiny_model  # noqa: E402
 from colab_qlora import FastLanguageModel  # noqa: E402
 from colab_qlora.activations.memory_plan import Machine  # noqa: E402
 from colab_qlora.activations.this_machine import CPU_PROFILE  # noqa: E402
-from colab_qlora.models import smart  # noqa: E402
+from colab_qlora.models import (
+    host_embedding,  # noqa: E402
+    smart,  # noqa: E402
+)
 from colab_qlora.models.adapters import set_gradient_checkpointing  # noqa: E402
-from colab_qlora.models.fuse import causal_model, fuse  # noqa: E402
+from colab_qlora.models.fuse import causal_model, fuse, restore, unfused  # noqa: E402
 from colab_qlora.models.host_embedding import (  # noqa: E402
     bring_back,
+    compute_device,
     gather_rows,
     is_on_host,
     move_to_host,
@@ -88,6 +92,11 @@ def test_why_a_table_has_to_stay() -> None:
     trained = causal_model(tiny_model("llama"))
     trained.get_input_embeddings().weight.requires_grad_(True)
     assert why_not_on_host(trained) == "the embedding is trained"
+    kept = tiny_model("llama", modules_to_save=["lm_head"])
+    kept.get_base_model().lm_head.original_module.weight = (
+        kept.get_base_model().get_input_embeddings().weight
+    )
+    assert why_not_on_host(causal_model(kept)) == "the head shares the embedding's weight"
     adapted = causal_model(tiny_model("llama", target_modules=["embed_tokens", "q_proj"]))
     assert "the embedding is a" in why_not_on_host(adapted)
 
@@ -135,6 +144,71 @@ def smart_floor(workload: Any, rates: Any) -> int:
     found = plan_for(workload, Machine(rates, 1, 2**20))
     assert found.error is not None
     return found.error.floor_bytes
+
+
+def test_rows_come_from_the_host_where_ids_are_elsewhere(monkeypatch: pytest.MonkeyPatch) -> None:
+    causal, asked = causal_model(tiny_model("llama", torch.float32)), []
+    move_to_host(causal)
+    table, ids = causal.get_input_embeddings(), torch.zeros((2, 3), dtype=torch.long, device="meta")
+    rows = torch.empty((2, 3, 4))
+    monkeypatch.setattr(host_embedding, "gather_rows", lambda w, i: asked.append((w, i)) or rows)
+    assert table(ids) is rows
+    assert asked == [(table.weight, ids)]
+
+
+def test_a_table_that_finds_no_room_stays_in_use(monkeypatch: pytest.MonkeyPatch) -> None:
+    model, inputs = tiny_model("llama", torch.float32), batch()
+    fuse(model)
+    causal = causal_model(model)
+    want = gradients(model, inputs)["loss"]
+    move_to_host(causal)
+    with monkeypatch.context() as patch:
+
+        def full(self: Any, *args: Any, **kwargs: Any) -> Any:
+            raise torch.OutOfMemoryError("no room")
+
+        patch.setattr(torch.Tensor, "to", full)
+        with pytest.raises(torch.OutOfMemoryError):
+            bring_back(causal, torch.device(DEVICE))
+    assert is_on_host(causal.get_input_embeddings())
+    assert torch.equal(gradients(model, inputs)["loss"], want)
+
+
+def test_restoring_brings_it_back_and_measuring_does_not() -> None:
+    model = tiny_model("llama", torch.float32)
+    fuse(model)
+    table = causal_model(model).get_input_embeddings()
+    move_to_host(causal_model(model))
+    with unfused(model):
+        assert is_on_host(table)
+    restore(model)
+    assert type(table) is torch.nn.Embedding
+
+
+def test_a_model_computes_where_its_layers_are() -> None:
+    model = tiny_model("llama", torch.float32)
+    move_to_host(causal_model(model))
+    elsewhere = model.to("meta")
+    elsewhere.get_base_model().get_input_embeddings().weight = torch.nn.Parameter(
+        torch.zeros(101, 4), requires_grad=False
+    )
+    assert next(elsewhere.parameters()).device.type == "cpu"
+    assert compute_device(elsewhere).type == "meta"
+
+
+def test_a_copied_layer_is_not_a_model(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = tiny_model("llama", torch.float32)
+    fuse(model)
+    place = smart._place_of_embedding
+    monkeypatch.setattr(smart, "_place_of_embedding", lambda c, d: place(c, torch.device("cuda")))
+    set_gradient_checkpointing(model, "smart")
+    model.enable_input_require_grads()
+    whole = len(pickle.dumps(model))
+    causal = causal_model(model)
+    assert len(pickle.dumps(causal.model.layers[0])) < whole / 2
+    assert len(pickle.dumps(causal.get_input_embeddings())) < whole / 2
+    runtime = smart.runtime_of(copy.deepcopy(model))
+    assert runtime is not None and runtime.workload.settings.embedding == "gpu"
 
 
 @ON_GPU

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import math
 import shutil
@@ -18,6 +19,9 @@ from live_helpers import fail_at, with_verdict  # noqa: E402
 from trainer_helpers import ROWS  # noqa: E402
 
 from colab_qlora import UserError, read_log  # noqa: E402
+from colab_qlora.models.fuse import causal_model  # noqa: E402
+from colab_qlora.models.host_embedding import is_on_host, move_to_host  # noqa: E402
+from colab_qlora.training import trainer as trainer_module  # noqa: E402
 from colab_qlora.training.adapter_state import adapter_tensors, is_finite  # noqa: E402
 from colab_qlora.training.early_stopping import EarlyStopping  # noqa: E402
 
@@ -60,6 +64,35 @@ def test_an_interrupt_does_not_replace_a_good_checkpoint_with_nan(
     again.args.max_steps = 40
     again.train(resume_from_checkpoint=str(tmp_path / "out" / "checkpoint-3"))
     assert is_finite(adapter_tensors(again.model))
+
+
+@pytest.mark.parametrize("how", [KeyboardInterrupt(), None])
+def test_a_table_on_the_host_is_back_however_a_run_ends(make_trainer: Make, how: Any) -> None:
+    trainer = make_trainer(max_steps=3)
+    causal = causal_model(trainer.model)
+
+    def change(step: int, model: Any) -> None:
+        move_to_host(causal)
+        if step == 2 and how is not None:
+            raise how
+
+    before_micro_batch(trainer, change)
+    with pytest.raises(KeyboardInterrupt) if how else contextlib.nullcontext():
+        trainer.train()
+    assert not is_on_host(causal.get_input_embeddings())
+
+
+def test_a_table_without_room_ends_no_training(
+    make_trainer: Make, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    trainer = make_trainer(max_steps=1)
+
+    def full(model: Any) -> None:
+        raise torch.OutOfMemoryError("no room")
+
+    monkeypatch.setattr(trainer_module, "bring_embedding_back", full)
+    assert trainer.train().global_step == 1
+    assert any("table stays on the host for want of GPU memory" in note for note in trainer.notes)
 
 
 def test_a_best_adapter_that_cannot_be_saved_ends_no_training(
