@@ -32,6 +32,11 @@ _EXPORTS = {
     "read_log": "curves.log",
     "restore": "models.fuse",
     "draw_curves": "curves.draw",
+    "apply_chat_template": "data.chat_texts",
+    "get_chat_template": "data.chat_templates",
+    "standardize_sharegpt": "data.conversations",
+    "to_sharegpt": "data.merge_columns",
+    "train_on_responses_only": "training.responses_only",
 }
 
 __all__ = [
@@ -42,10 +47,12 @@ __all__ = [
     "UserError",
     "__version__",
     "advise",
+    "apply_chat_template",
     "describe",
     "diagnose",
     "draw_curves",
     "explore_curves",
+    "get_chat_template",
     "inspect_environment",
     "install_missing",
     "learning_rate_sweep",
@@ -53,6 +60,9 @@ __all__ = [
     "quantization_report",
     "read_log",
     "restore",
+    "standardize_sharegpt",
+    "to_sharegpt",
+    "train_on_responses_only",
 ]
 
 if TYPE_CHECKING:
@@ -61,6 +71,10 @@ if TYPE_CHECKING:
     from colab_qlora.curves.draw import draw_curves
     from colab_qlora.curves.log import read_log
     from colab_qlora.curves.widgets import explore_curves
+    from colab_qlora.data.chat_templates import get_chat_template
+    from colab_qlora.data.chat_texts import apply_chat_template
+    from colab_qlora.data.conversations import standardize_sharegpt
+    from colab_qlora.data.merge_columns import to_sharegpt
     from colab_qlora.environment import inspect_environment
     from colab_qlora.errors import UserError
     from colab_qlora.fast_language_model import FastLanguageModel
@@ -72,6 +86,7 @@ if TYPE_CHECKING:
     from colab_qlora.training.arguments import SFTConfig
     from colab_qlora.training.early_stopping import EarlyStopping
     from colab_qlora.training.learning_rate_sweep import learning_rate_sweep
+    from colab_qlora.training.responses_only import train_on_responses_only
     from colab_qlora.training.trainer import SFTTrainer
 
 __getattr__, __dir__ = lazy_names(__name__, _EXPORTS, __all__)

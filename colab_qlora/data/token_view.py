@@ -20,6 +20,8 @@ from colab_qlora.data.wording import counted
 # an invisible character stays one token's own, so it is drawn as a mark
 _SPACE, _LINE_BREAK, _TAB = "\u00b7", "\u21b5", "\u2192"
 _REPLACEMENT = "\ufffd"
+# the label that losses leave out
+_IGNORED = -100
 _BYTE_TOKEN = re.compile("<0x[0-9A-F]{2}>")
 
 _STYLE = """<style>
@@ -70,13 +72,31 @@ class TokenView:
         )
 
 
+def trained_tokens(row: Mapping[str, Any]) -> list[bool]:
+    """Whether each token of a tokenised row is trained on.
+
+    Args:
+        row: "input_ids" and, where there are such, "labels" (-100 where not trained on),
+            "completion_mask" and "assistant_masks" (0 there).
+
+    Returns:
+        One value a token; all of these columns have to agree, and without any it is True.
+    """
+    trained = [label != _IGNORED for label in row.get("labels") or row["input_ids"]]
+    for name in ("completion_mask", "assistant_masks"):
+        marks = row.get(name) or [1] * len(trained)
+        trained = [t and bool(mark) for t, mark in zip(trained, marks, strict=True)]
+    return trained
+
+
 def token_rows(
     example: Mapping[str, Any], tokenizer: Any, max_seq_length: int | None = None
 ) -> list[tuple[str, int, bool]]:
     """Tokenise one example as training does.
 
     Args:
-        example: one of what `format_alpaca` or `format_chat` returned (see `encode`).
+        example: one of what `format_alpaca` or `format_chat` returned (see `encode`), or a row
+            that a trainer has tokenised (see `trained_tokens`).
         tokenizer: a Hugging Face tokenizer.
         max_seq_length: tokens that training keeps, from 1 up; None keeps all.
 
@@ -90,10 +110,15 @@ def token_rows(
     """
     if max_seq_length is not None:
         check_max_seq_length(max_seq_length)
-    ids, label_start = encode(example, tokenizer)
+    if isinstance(example, Mapping) and "input_ids" in example:
+        ids, trained = list(example["input_ids"]), trained_tokens(example)
+    else:
+        ids, label_start = encode(example, tokenizer)
+        trained = [index >= label_start for index in range(len(ids))]
     anchor = list(tokenizer("a", add_special_tokens=False)["input_ids"])[-1:]
     kept = ids[:max_seq_length]
-    return [(_token_text(t, anchor, tokenizer), t, i >= label_start) for i, t in enumerate(kept)]
+    texts = [_token_text(token_id, anchor, tokenizer) for token_id in kept]
+    return list(zip(texts, kept, trained, strict=False))
 
 
 def show_tokens(
