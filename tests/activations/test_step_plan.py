@@ -159,14 +159,14 @@ def test_every_budget_from_the_floor_up_has_a_plan(itemsize: int, tokens: int) -
 
 
 @pytest.mark.parametrize("profile", [LARGE, SMALL], ids=["large", "small"])
-@pytest.mark.parametrize("sizes", [(2, 512), (2, 2048), (1, 8192)], ids=str)
+@pytest.mark.parametrize("sizes", [(2, 512), (2, 2048)], ids=str)
 def test_where_the_embedding_goes_is_the_better_of_both(
     profile: GpuProfile, sizes: tuple[int, int]
 ) -> None:
     """Against a search of each place alone, which leaves nothing out."""
     table = LLAMA_3_8B.vocab * LLAMA_3_8B.hidden * 2
     chosen = set()
-    for gib, host_gib in itertools.product((5.2, 6, 6.5, 8, 12), (0, 0.5, 4, 16)):
+    for gib, host_gib in itertools.product((5.2, 6, 12), (0, 16)):
         alone = {}
         for place, less in (("gpu", 0), ("host", table)):
             with contextlib.suppress(BudgetTooSmall):

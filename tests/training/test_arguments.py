@@ -159,6 +159,9 @@ def test_t4_trains_in_float16(monkeypatch: pytest.MonkeyPatch, model: Any, tmp_p
         def parameters(self) -> Any:
             return iter([Parameter()])
 
+        def modules(self) -> Any:
+            return iter([self])
+
     monkeypatch.setattr(arguments, "compute_dtype_of", lambda m: torch.float16)
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda *a: "Tesla T4")
     said: list[str] = []
