@@ -5,8 +5,8 @@ optimiser states, FLOPs of all GEMMs. Counted from the code's own allocations: w
 inside a layer; the CPU allocator's record of a small step agrees within 3 % (5 % in any phase).
 Estimated: what kernels take for themselves (`attention_workspace`, `GEMM_WORKSPACE_BYTES`), the
 CUDA context, bytes moved. Llama-3-8B with 2 x 2,048 tokens: `peak_bytes` says 17.91 GiB with all
-kept, where an H100 showed 18.0; and 7.14 with inputs kept, where it showed 7.38 before three mends
-that save 0.24 by their sizes, and was not asked again.
+kept, where an H200 showed 17.93; and 7.14 with inputs kept, where it showed 7.15
+(benchmarks/results/train_step_8b.json).
 Not counted: rounding of each allocation to 512 bytes (0.4 MB for Llama-3-8B's weights), and what
 the allocator reserves without handing it out.
 """

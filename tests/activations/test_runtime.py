@@ -14,7 +14,7 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "layers"))
 
-from layer_helpers import DEVICE, FAMILIES, batch, tiny_model  # noqa: E402
+from layer_helpers import DEVICE, FAMILIES, batch, gradients, tiny_model  # noqa: E402
 from machines import GIB, SMALL  # noqa: E402
 
 from colab_qlora.activations.host_pool import HostMemoryRefused, HostPool  # noqa: E402
@@ -43,14 +43,6 @@ def smart_model(family: str = "llama", dtype: torch.dtype = torch.float32, **bud
     fuse(model)
     set_gradient_checkpointing(model, "smart", **budgets)
     return model
-
-
-def gradients(model: Any, inputs: dict[str, Any]) -> dict[str, torch.Tensor]:
-    model.zero_grad()
-    loss = model(**inputs).loss
-    loss.backward()
-    found = {n: p.grad.clone() for n, p in model.named_parameters() if p.grad is not None}
-    return {"loss": loss.detach(), **found}
 
 
 def floor_gib(model: Any, inputs: dict[str, Any]) -> float:

@@ -13,7 +13,7 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "layers"))
 
-from layer_helpers import DEVICE, batch, tiny_model  # noqa: E402
+from layer_helpers import DEVICE, batch, gradients, tiny_model  # noqa: E402
 
 from colab_qlora.activations.host_pool import HostPool  # noqa: E402
 from colab_qlora.activations.saved_classes import CLASSES, OFFLOADABLE, names_of  # noqa: E402
@@ -177,14 +177,6 @@ class Chained:
         previous = self.last if number else None
         self.last = OffloadingStore(plan - away, away, self.lane, previous)
         return self.last
-
-
-def gradients(model: Any, inputs: dict[str, Any]) -> dict[str, torch.Tensor]:
-    model.zero_grad()
-    loss = model(**inputs).loss
-    loss.backward()
-    found = {n: p.grad.clone() for n, p in model.named_parameters() if p.grad is not None}
-    return {"loss": loss.detach(), **found}
 
 
 def random_choice(pick: random.Random) -> tuple[frozenset[str], frozenset[str]]:

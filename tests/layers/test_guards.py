@@ -9,6 +9,7 @@ import torch
 from layer_helpers import (
     DEVICE,
     batch,
+    gradients,
     largest_error,
     loss_and_gradients,
     tiny_model,
@@ -97,24 +98,18 @@ def test_nobody_computes_a_gradient_of_the_embedding_for_fused_layers() -> None:
     model, inputs = tiny_model(), batch()
     causal, seen = model.get_base_model(), []
     fuse(model)
-    want = gradients_of(model, inputs)
+    want = gradients(model, inputs)
     model.enable_input_require_grads()
     handle = causal.get_input_embeddings().register_forward_hook(
         lambda module, args, output: seen.append(output.requires_grad)
     )
-    got = gradients_of(model, inputs)
+    got = gradients(model, inputs)
     assert want.keys() == got.keys()
     assert all(torch.equal(got[name], want[name]) for name in want)
     restore(model)
-    gradients_of(model, inputs)
+    gradients(model, inputs)
     handle.remove()
     assert seen == [False, True]  # torch's checkpointing wants it
-
-
-def gradients_of(model: Any, inputs: dict[str, Any]) -> dict[str, torch.Tensor]:
-    model.zero_grad()
-    model(**inputs).loss.backward()
-    return {n: p.grad.clone() for n, p in model.named_parameters() if p.grad is not None}
 
 
 @pytest.mark.parametrize("lora", [{"use_dora": True}, {}])

@@ -14,15 +14,12 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "layers"))
 
-from layer_helpers import DEVICE, batch, tiny_model  # noqa: E402
+from layer_helpers import DEVICE, batch, gradients, tiny_model  # noqa: E402
 
 from colab_qlora import FastLanguageModel  # noqa: E402
 from colab_qlora.activations.memory_plan import Machine  # noqa: E402
 from colab_qlora.activations.this_machine import CPU_PROFILE  # noqa: E402
-from colab_qlora.models import (
-    host_embedding,  # noqa: E402
-    smart,  # noqa: E402
-)
+from colab_qlora.models import host_embedding, smart  # noqa: E402
 from colab_qlora.models.adapters import set_gradient_checkpointing  # noqa: E402
 from colab_qlora.models.fuse import causal_model, fuse, restore, unfused  # noqa: E402
 from colab_qlora.models.host_embedding import (  # noqa: E402
@@ -33,16 +30,10 @@ from colab_qlora.models.host_embedding import (  # noqa: E402
     move_to_host,
     why_not_on_host,
 )
+from colab_qlora.quantization import merging  # noqa: E402
+from colab_qlora.quantization.dynamic import ATTRIBUTE, DynamicQuantization  # noqa: E402
 
 ON_GPU = pytest.mark.skipif(DEVICE != "cuda", reason="needs a CUDA GPU; this machine has none")
-
-
-def gradients(model: Any, inputs: dict[str, Any]) -> dict[str, torch.Tensor]:
-    model.zero_grad()
-    loss = model(**inputs).loss
-    loss.backward()
-    found = {n: p.grad.clone() for n, p in model.named_parameters() if p.grad is not None}
-    return {"loss": loss.detach(), **found}
 
 
 @pytest.mark.parametrize("shape", [(2, 7), (1, 1), (0, 4), (3,)])
@@ -97,6 +88,9 @@ def test_why_a_table_has_to_stay() -> None:
         kept.get_base_model().get_input_embeddings().weight
     )
     assert why_not_on_host(causal_model(kept)) == "the head shares the embedding's weight"
+    dynamic = causal_model(tiny_model("llama"))
+    setattr(dynamic, ATTRIBUTE, object.__new__(DynamicQuantization))
+    assert why_not_on_host(dynamic) == "its precision may change while the model trains"
     adapted = causal_model(tiny_model("llama", target_modules=["embed_tokens", "q_proj"]))
     assert "the embedding is a" in why_not_on_host(adapted)
 
@@ -183,6 +177,25 @@ def test_restoring_brings_it_back_and_measuring_does_not() -> None:
         assert is_on_host(table)
     restore(model)
     assert type(table) is torch.nn.Embedding
+
+
+def test_merging_finds_the_table_where_the_model_is(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = tiny_model("llama", torch.float32)
+    fuse(model)
+    table = causal_model(model).get_input_embeddings()
+    move_to_host(causal_model(model))
+
+    class Stop(Exception):
+        pass
+
+    def weights_are_read(given: Any) -> Any:
+        assert not is_on_host(table)
+        raise Stop
+
+    monkeypatch.setattr(merging, "check_unloadable", lambda given: None)
+    monkeypatch.setattr(merging, "MergedWeights", weights_are_read)
+    with pytest.raises(Stop):
+        merging.merge_16_bit(model)
 
 
 def test_a_model_computes_where_its_layers_are() -> None:
