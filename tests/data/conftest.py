@@ -43,6 +43,42 @@ def tokenizer() -> Any:
 
 
 @pytest.fixture
+def sentencepiece_like() -> Callable[..., Any]:
+    """Makes a tokenizer that prepends a space and falls back to bytes, as Llama 2's and Mistral's.
+
+    Its decoder drops the first space of whatever is decoded.
+    """
+    transformers = pytest.importorskip("transformers")
+    from tokenizers import Tokenizer, decoders, models, normalizers, trainers
+
+    def make(texts: list[str], vocab_size: int, post_processor: Any = None) -> Any:
+        bpe = Tokenizer(models.BPE(byte_fallback=True, unk_token="<unk>"))
+        bpe.normalizer = normalizers.Sequence(
+            [normalizers.Prepend("\u2581"), normalizers.Replace(" ", "\u2581")]
+        )
+        bpe.decoder = decoders.Sequence(
+            [
+                decoders.Replace("\u2581", " "),
+                decoders.ByteFallback(),
+                decoders.Fuse(),
+                decoders.Strip(" ", 1, 0),
+            ]
+        )
+        special = ["<unk>", "<s>", "</s>", *(f"<0x{byte:02X}>" for byte in range(256))]
+        trainer = trainers.BpeTrainer(
+            vocab_size=vocab_size, special_tokens=special, show_progress=False
+        )
+        bpe.train_from_iterator(texts, trainer)
+        if post_processor is not None:
+            bpe.post_processor = post_processor
+        return transformers.PreTrainedTokenizerFast(
+            tokenizer_object=bpe, bos_token="<s>", eos_token="</s>", unk_token="<unk>"
+        )
+
+    return make
+
+
+@pytest.fixture
 def write(tmp_path: Path) -> Callable[..., Path]:
     """Write text or bytes, or rows as JSON lines, into a file and return its path."""
 

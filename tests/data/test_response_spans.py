@@ -294,28 +294,9 @@ def test_the_end_of_a_turn_is_seen_behind_a_part_of_a_character(any_tokenizer):
     assert mask == [False] * len(head) + [True] * 2 + [False] * len(more)
 
 
-def test_a_sentencepiece_tokenizer_keeps_the_answers_first_word():
-    transformers = pytest.importorskip("transformers")
-    from tokenizers import Tokenizer, decoders, models, normalizers, trainers
-
-    bpe = Tokenizer(models.BPE(byte_fallback=True, unk_token="<unk>"))
-    bpe.normalizer = normalizers.Sequence(
-        [normalizers.Prepend("\u2581"), normalizers.Replace(" ", "\u2581")]
-    )
-    bpe.decoder = decoders.Sequence(
-        [
-            decoders.Replace("\u2581", " "),
-            decoders.ByteFallback(),
-            decoders.Fuse(),
-            decoders.Strip(" ", 1, 0),
-        ]
-    )
-    special = ["<unk>", "<s>", "</s>", *(f"<0x{byte:02X}>" for byte in range(256))]
-    trainer = trainers.BpeTrainer(vocab_size=340, special_tokens=special, show_progress=False)
-    bpe.train_from_iterator(["[INST] the capital [/INST] Paris Paris Paris"] * 4, trainer)
-    mistral_like = transformers.PreTrainedTokenizerFast(
-        tokenizer_object=bpe, bos_token="<s>", eos_token="</s>", unk_token="<unk>"
-    )
+def test_a_sentencepiece_tokenizer_keeps_the_answers_first_word(sentencepiece_like):
+    texts = ["[INST] the capital [/INST] Paris Paris Paris"] * 4
+    mistral_like = sentencepiece_like(texts, 340)
     ids = _ids(
         mistral_like, "<s>[INST] the capital [/INST] Paris \u00e9</s>[INST] the [/INST] Paris"
     )

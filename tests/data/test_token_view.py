@@ -62,30 +62,12 @@ def test_a_part_of_a_character_is_written_as_bytes(tokenizer):
     assert "\x00" in texts
 
 
-def test_spaces_and_bytes_of_a_sentencepiece_tokenizer():
-    transformers = pytest.importorskip("transformers")
-    from tokenizers import Tokenizer, decoders, models, normalizers, processors, trainers
+def test_spaces_and_bytes_of_a_sentencepiece_tokenizer(sentencepiece_like):
+    from tokenizers import processors
 
-    bpe = Tokenizer(models.BPE(byte_fallback=True, unk_token="<unk>"))
-    bpe.normalizer = normalizers.Sequence(
-        [normalizers.Prepend("\u2581"), normalizers.Replace(" ", "\u2581")]
-    )
-    # the last step drops the first space of whatever is decoded
-    bpe.decoder = decoders.Sequence(
-        [
-            decoders.Replace("\u2581", " "),
-            decoders.ByteFallback(),
-            decoders.Fuse(),
-            decoders.Strip(" ", 1, 0),
-        ]
-    )
-    special = ["<unk>", "<s>", "</s>", *(f"<0x{byte:02X}>" for byte in range(256))]
-    trainer = trainers.BpeTrainer(vocab_size=300, special_tokens=special, show_progress=False)
-    bpe.train_from_iterator(["the capital is Paris in the country of France"], trainer)
-    bpe.post_processor = processors.TemplateProcessing(single="<s> $A", special_tokens=[("<s>", 1)])
-    llama_like = transformers.PreTrainedTokenizerFast(
-        tokenizer_object=bpe, bos_token="<s>", eos_token="</s>", unk_token="<unk>"
-    )
+    begins = processors.TemplateProcessing(single="<s> $A", special_tokens=[("<s>", 1)])
+    texts = ["the capital is Paris in the country of France"]
+    llama_like = sentencepiece_like(texts, 300, begins)
     rows = token_rows({"prompt": "the capital", "completion": " is \u00e9"}, llama_like)
     assert rows[0] == ("<s>", 1, False)
     assert "".join(text for text, _, trained in rows if not trained) == "<s> the capital"
