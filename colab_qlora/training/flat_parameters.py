@@ -17,11 +17,12 @@ gradients are dropped, so a forward and backward pass meets no more memory than 
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
+from torch._utils import _flatten_dense_tensors
 from torch.nn import Parameter
 
 # bitsandbytes' blocks are 256 numbers; a view at such a start is 16-byte aligned in any dtype
@@ -57,8 +58,8 @@ class FlatParameters:
         first = self.parameters[0]
         self.values = torch.zeros(self.slots[-1].end, dtype=first.dtype, device=first.device)
         self.gradient: Tensor | None = None
+        self._has_gaps = any(slot.end - slot.start > slot.numbers for slot in self.slots)
         self._gradient_views: list[Tensor] = []
-        self._gradient_addresses: list[int] = []
         self._is_attached = False
         views = self.views_of(self.values)
         for view, parameter in zip(views, self.parameters, strict=True):
@@ -71,37 +72,58 @@ class FlatParameters:
         """Views of a (numbers,) tensor of this layout, in the parameters' shapes."""
         return [flat.as_strided(slot.shape, slot.stride, slot.start) for slot in self.slots]
 
-    def gather(self) -> list[bool]:
-        """Bring all gradients into `gradient` and point every `.grad` there.
+    def gather(self, *, points_grads: bool = True) -> list[bool]:
+        """Bring all gradients into `gradient`.
 
         Gradients that are views of it already are left alone, others are copied in (a few launches
         for all), and the place of a parameter without one is zero.
+
+        Args:
+            points_grads: point every `.grad` to its place there, so that what is done to `gradient`
+                is done to them. Without it they may stay where they are, which saves hundreds of
+                views.
 
         Returns:
             For each parameter whether it has a gradient; `gradient` is a tensor if any has.
         """
         gradients = [parameter.grad for parameter in self.parameters]
         has_gradient = [gradient is not None for gradient in gradients]
-        if not any(has_gradient):
+        present = [(i, gradient) for i, gradient in enumerate(gradients) if gradient is not None]
+        if not present:
             self.release()
-            return has_gradient
-        is_new = self.gradient is None
-        if is_new:
-            self._hold(torch.zeros_like(self.values))
-        strangers = {
-            index: gradient
-            for index, gradient in enumerate(gradients)
-            if gradient is not None and gradient.data_ptr() != self._gradient_addresses[index]
-        }
-        views = self._gradient_views
-        if strangers:
-            torch._foreach_copy_([views[i] for i in strangers], list(strangers.values()))
-            for index in strangers:
-                self.parameters[index].grad = views[index]
-        absent = [views[i] for i, has in enumerate(has_gradient) if not has]
-        if absent and not is_new:
-            torch._foreach_zero_(absent)
+        elif self.gradient is None:
+            if self._has_gaps or len(present) < len(gradients):
+                self._hold(torch.zeros_like(self.values))
+                self._take_over(present, points_grads=points_grads)
+            else:
+                self._hold(_flatten_dense_tensors(gradients))
+                if points_grads:
+                    self._point(range(len(gradients)))
+        else:
+            first, size = self.gradient.data_ptr(), self.gradient.element_size()
+            places = [first + size * slot.start for slot in self.slots]
+            strangers = [(i, found) for i, found in present if found.data_ptr() != places[i]]
+            # pointed in any case, so that attached gradients stay attached
+            self._take_over(strangers, points_grads=True)
+            if len(present) < len(gradients):
+                pairs = zip(self._views(), has_gradient, strict=True)
+                torch._foreach_zero_([view for view, has in pairs if not has])
         return has_gradient
+
+    def _take_over(self, gradients: list[tuple[int, Tensor]], *, points_grads: bool) -> None:
+        """Copy gradients of parameters at these places into `gradient`."""
+        if not gradients:
+            return
+        places, found = zip(*gradients, strict=True)
+        views = self._views()
+        torch._foreach_copy_([views[index] for index in places], list(found))
+        if points_grads:
+            self._point(places)
+
+    def _point(self, places: Iterable[int]) -> None:
+        views = self._views()
+        for index in places:
+            self.parameters[index].grad = views[index]
 
     def attach(self) -> None:
         """Point every `.grad` to its view of a zero `gradient`, where autograd adds in place."""
@@ -109,7 +131,7 @@ class FlatParameters:
             self._hold(torch.zeros_like(self.values))
         else:
             self.gradient.zero_()
-        for parameter, view in zip(self.parameters, self._gradient_views, strict=True):
+        for parameter, view in zip(self.parameters, self._views(), strict=True):
             if parameter.requires_grad:
                 parameter.grad = view
         self._is_attached = True
@@ -119,7 +141,7 @@ class FlatParameters:
         if keep_attached and self._is_attached:
             return
         self.gradient = None
-        self._gradient_views, self._gradient_addresses = [], []
+        self._gradient_views = []
         self._is_attached = False
 
     def spans(self, keys: Sequence[int | None]) -> Iterator[tuple[int, int, int]]:
@@ -138,8 +160,14 @@ class FlatParameters:
 
     def _hold(self, gradient: Tensor) -> None:
         self.gradient = gradient
-        self._gradient_views = self.views_of(gradient)
-        self._gradient_addresses = [view.data_ptr() for view in self._gradient_views]
+        self._gradient_views = []
+
+    def _views(self) -> list[Tensor]:
+        """Views of `gradient`, made when first asked for: hundreds of them take the host long."""
+        if not self._gradient_views:
+            assert self.gradient is not None
+            self._gradient_views = self.views_of(self.gradient)
+        return self._gradient_views
 
 
 def _slots(parameters: Sequence[Parameter]) -> list[Slot]:

@@ -120,11 +120,11 @@ class FlatAdamW(torch.optim.Optimizer):
         work = []
         for group, parts in zip(self.param_groups, self._parts, strict=True):
             for part in parts:
-                has_gradient = part.flat.gather()
+                has_gradient = part.flat.gather(points_grads=False)
                 if any(has_gradient):
                     work.append((group, part, self._open_state(part, has_gradient)))
-        for group, part, steps in work:
-            self._update_(group, part, steps)
+        for group, part, states in work:
+            self._update_(group, part, states)
             part.flat.release(keep_attached=True)
         return loss
 
@@ -246,27 +246,39 @@ class FlatAdamW(torch.optim.Optimizer):
             state = {"step": entry["step"], **moments.entry(index)}
             self.state[part.flat.parameters[index]] = state
 
-    def _open_state(self, part: _Part, has_gradient: Sequence[bool]) -> list[int | None]:
-        """Zero moments for parameters that begin; the step that each is about to make, or None."""
+    def _open_state(self, part: _Part, has_gradient: Sequence[bool]) -> list[dict[str, Any] | None]:
+        """The states of the parameters that are about to move (zero moments for those that begin)
+        and None for the others.
+        """
         is_new = part.moments is None
         moments = part.ready_moments()
-        steps: list[int | None] = []
+        states: list[dict[str, Any] | None] = []
         for index, parameter in enumerate(part.flat.parameters):
-            if has_gradient[index] and not self.state.get(parameter):
+            if not has_gradient[index]:
+                states.append(None)
+                continue
+            # hashing a parameter is slow, and there are hundreds: looked up once a step
+            state = self.state.get(parameter)
+            if not state:
                 for view in () if is_new else moments.views(index).values():
                     view.zero_()
-                self.state[parameter] = {"step": 0, **moments.entry(index)}
-            steps.append(self.state[parameter]["step"] + 1 if has_gradient[index] else None)
-        return steps
+                state = self.state[parameter] = {"step": 0, **moments.entry(index)}
+            states.append(state)
+        return states
 
-    def _update_(self, group: dict[str, Any], part: _Part, steps: Sequence[int | None]) -> None:
+    def _update_(
+        self, group: dict[str, Any], part: _Part, states: Sequence[dict[str, Any] | None]
+    ) -> None:
+        steps = [None if state is None else state["step"] + 1 for state in states]
         for start, end, step in part.flat.spans(steps):
             part.ready_moments().update_(start, end, step, group)
-        moved = [(p, n) for p, n in zip(part.flat.parameters, steps, strict=True) if n is not None]
-        for parameter, step in moved:
-            self.state[parameter]["step"] = step
+        moved = []
+        for parameter, state in zip(part.flat.parameters, states, strict=True):
+            if state is not None:
+                state["step"] += 1
+                moved.append(parameter)
         # autograd sees writes to the flat tensor only if it is told of them
-        torch.autograd.graph.increment_version([parameter for parameter, _ in moved])
+        torch.autograd.graph.increment_version(moved)
 
 
 def _norm(gradient: Tensor) -> Tensor:
