@@ -20,6 +20,7 @@ from colab_qlora.models.dynamic_loading import (
     refuse_quantised,
 )
 from colab_qlora.models.embedded import EMBEDDED_NAME, FOLDER_NAME, embedded_model_path
+from colab_qlora.models.growing_segments import let_segments_grow
 from colab_qlora.models.quiet_import import import_bitsandbytes
 from colab_qlora.models.readable_errors import readable_errors
 from colab_qlora.models.settings import ATTRIBUTE, ModelSettings
@@ -70,6 +71,7 @@ def load_model_and_tokenizer(
         recorded=recorded_map,
     )
     device = "cuda" if torch.cuda.is_available() else "cpu"
+    let_segments_grow()
     compute_dtype, note = resolve_dtype(dtype, device)
     source = locate_checkpoint(name)
     hub = {"token": token, "revision": revision, "trust_remote_code": trust_remote_code}
