@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from colab_qlora.activations.model_shape import Rank, group_rank
+from colab_qlora.activations.model_shape import ModelShape, Rank, group_rank
 from colab_qlora.errors import UserError
 from colab_qlora.kernels.attention_choice import FEATURES
 from colab_qlora.layers.linear_group import PADDING
@@ -70,9 +70,9 @@ class CostSettings:
         """Bytes of a norm's rstd or an attention's lse: float32, or float64 beside float64."""
         return 8 if self.itemsize == 8 else 4
 
-    def spare(self, rank: Rank, group: str) -> int:
+    def spare(self, shape: ModelShape, rank: Rank, group: str) -> int:
         """Columns beside a group's inputs for the products of its adapters."""
-        return -(-group_rank(rank, group) // self.spare_multiple) * self.spare_multiple
+        return -(-group_rank(shape, rank, group) // self.spare_multiple) * self.spare_multiple
 
 
 DEFAULT = CostSettings()

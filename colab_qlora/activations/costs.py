@@ -12,6 +12,7 @@ Per token and layer, with the letters of `model_shape.py`, T tokens in a sequenc
 94,568 bytes; a layer's forward pass is 455.6 MFLOP (2 in out for each linear, 2 r (in + out) for
 its adapter). These are the numbers of table B3 in the project's notes on activations.
 
+Beside h0, a layer that norms its branches (Gemma) keeps down's output, b H: see `layers/saved.py`.
 What is exact and what is estimated: `phase_costs.py`.
 
 Everything here is arithmetic on Python integers; no tensor is made.
@@ -25,14 +26,13 @@ from dataclasses import dataclass
 
 from colab_qlora.activations.cost_settings import DEFAULT, CostSettings
 from colab_qlora.activations.model_shape import (
-    GROUPS,
     LINEARS,
     ModelShape,
     Rank,
     group_rank,
     ranks_of,
 )
-from colab_qlora.layers.saved import ALL_NAMES, checked_plan
+from colab_qlora.layers.saved import ALL_NAMES, BRANCH, checked_plan
 
 HEADS, HALVES = frozenset({"q", "k", "v"}), frozenset({"gate", "up"})
 _OF_NAME = dict(zip(("q", "k", "v", "gate", "up"), LINEARS[:3] + LINEARS[4:6], strict=True))
@@ -80,8 +80,8 @@ def forward_flops(shape: ModelShape, tokens: int, seq_length: int, rank: Rank) -
 
     Linears and adapters are exact for the model's own code: 2 in out and 2 r (in + out) a token.
     """
-    ranks = ranks_of(rank)
-    adapters = sum(2 * ranks[name] * sum(shape.linear(name)) for name in LINEARS)
+    ranks = ranks_of(rank, shape.linears)
+    adapters = sum(2 * r * sum(shape.linear(name)) for name, r in ranks.items())
     return {
         "linears": 2 * tokens * shape.layer_weights,
         "adapters": tokens * adapters,
@@ -92,7 +92,7 @@ def forward_flops(shape: ModelShape, tokens: int, seq_length: int, rank: Rank) -
 def kept_costs(
     shape: ModelShape, tokens: int, seq_length: int, rank: Rank, itemsize: int = 2
 ) -> dict[str, Kept]:
-    """The costs of every name in `layers.saved.ALL_NAMES`, for one layer.
+    """The costs of every name in `layers.saved.ALL_NAMES`, and of others that a layer keeps.
 
     Args:
         tokens: of a micro-batch, all sequences together.
@@ -116,7 +116,8 @@ def _kept_costs(
     layer = _Layer(shape, tokens, rank if isinstance(rank, int) else dict(rank), itemsize)
     attention = attention_flops(shape, tokens, seq_length)
     found = {**_attention_costs(layer, attention), **_mlp_costs(layer)}
-    return {name: found[name] for name in ALL_NAMES}
+    branch = {BRANCH: Kept(layer.row * shape.hidden)} if shape.has_branch_norms else {}
+    return {name: found[name] for name in ALL_NAMES} | branch
 
 
 @dataclass(frozen=True)
@@ -142,14 +143,30 @@ class _Layer:
         return self.tokens * CostSettings(itemsize=self.itemsize).statistic_bytes
 
     def linear(self, name: str, moved: int, needs: tuple[str, ...], *together: str) -> Kept:
-        """The output of a linear with its adapter."""
-        (inner, outer), rank = self.shape.linear(name), ranks_of(self.rank)[name]
+        """The output of a linear with its adapter, or the share of one linear that has a name."""
+        width, whole = self.shape.linear(name)[1], self.holding(name)
+        (inner, outer), rank = self.shape.linear(whole), self.ranks[whole]
         flops = 2 * self.tokens * (inner * outer + rank * (inner + outer))
-        return Kept(self.row * outer, flops, moved, inner * outer, needs, together)
+        return Kept(self.row * width, flops, moved, inner * outer, needs, together)
+
+    @property
+    def ranks(self) -> dict[str, int]:
+        return ranks_of(self.rank, self.shape.linears)
+
+    def holding(self, name: str) -> str:
+        """The linear that computes what `name` does."""
+        if name in self.shape.linears:
+            return name
+        return "qkv_proj" if name in LINEARS[:3] else "gate_up_proj"
+
+    def beside(self, *names: str) -> tuple[str, ...]:
+        """What of these comes out of the same linear."""
+        return names if self.shape.has_fused_projections else ()
 
     def products(self, group: str, moved: int, needs: tuple[str, ...], *together: str) -> Kept:
         """X A^T of all adapters of a group."""
-        width, columns = self.shape.linear(GROUPS[group][0])[0], group_rank(self.rank, group)
+        width = self.shape.linear(self.shape.groups[group][0])[0]
+        columns = group_rank(self.shape, self.rank, group)
         flops = 2 * self.tokens * width * columns
         return Kept(self.row * columns, flops, moved, 0, needs, together)
 
@@ -166,9 +183,11 @@ def _attention_costs(layer: _Layer, attention: int) -> dict[str, Kept]:
         "h0": Kept(row * shape.hidden),
         "rstd1": Kept(layer.statistic, 0, norm, needs=root),
         "xa_qkv": layer.products("qkv", norm, root, "rstd1"),
-        "q": layer.linear("q_proj", norm + turn * query, root, *beside),
-        "k": layer.linear("k_proj", norm + turn * key_value, root, *beside),
-        "v": layer.linear("v_proj", norm, root, *beside),
+        "q": layer.linear("q_proj", norm + turn * query, root, *beside, *layer.beside("k", "v")),
+        "k": layer.linear(
+            "k_proj", norm + turn * key_value, root, *beside, *layer.beside("q", "v")
+        ),
+        "v": layer.linear("v_proj", norm, root, *beside, *layer.beside("q", "k")),
         "o": Kept(row * query, attention, moved, 0, heads, ("lse",)),
         "lse": Kept(lse, attention, moved, 0, heads, ("o",)),
         "xa_o": layer.products("o", 2 * row * query, ("o",)),
@@ -183,10 +202,21 @@ def _mlp_costs(layer: _Layer) -> dict[str, Kept]:
     return {
         "rstd2": Kept(layer.statistic, 0, norm, needs=root),
         "xa_gate_up": layer.products("gate_up", norm, root, "rstd2"),
-        "gate": layer.linear("gate_proj", norm, root, *beside),
-        "up": layer.linear("up_proj", norm, root, *beside),
+        "gate": layer.linear("gate_proj", norm, root, *beside, *layer.beside("up")),
+        "up": layer.linear("up_proj", norm, root, *beside, *layer.beside("gate")),
         "xa_down": layer.products("down", passes, ("gate", "up")),
     }
+
+
+def stored_names(shape: ModelShape, plan: Collection[str]) -> frozenset[str]:
+    """What a layer stores whose plan names these."""
+    names = checked_plan(plan)
+    return names | {BRANCH} if shape.has_branch_norms else names
+
+
+def root_bytes(shape: ModelShape, tokens: int, itemsize: int) -> int:
+    """Bytes of what a layer cannot compute again."""
+    return tokens * itemsize * shape.hidden * (2 if shape.has_branch_norms else 1)
 
 
 def held_bytes(
@@ -203,22 +233,22 @@ def held_bytes(
     buffer, so any of them holds all three; gate and up, if both are kept, are columns of one with
     spare columns; and the memory-efficient attention has rows of lse for a multiple of 32 tokens.
     """
-    names = checked_plan(plan)
+    names = stored_names(shape, plan)
     costs = kept_costs(shape, tokens, seq_length, rank, settings.itemsize)
     total = sum(costs[name].bytes for name in names)
     row = tokens * settings.itemsize
     if names & HEADS:
         total += row * shape.qkv - sum(costs[name].bytes for name in names & HEADS)
     if names >= HALVES:
-        total += row * mlp_spare(rank, settings)
+        total += row * mlp_spare(shape, rank, settings)
     if "lse" in names and settings.attention == "efficient" and seq_length:
         padded = tokens // seq_length * (-seq_length % 32)
         total += padded * shape.q_heads * settings.statistic_bytes
     return total
 
 
-def mlp_spare(rank: Rank, settings: CostSettings) -> int:
-    return max(settings.spare(rank, group) for group in ("gate_up", "down"))
+def mlp_spare(shape: ModelShape, rank: Rank, settings: CostSettings) -> int:
+    return max(settings.spare(shape, rank, group) for group in ("gate_up", "down"))
 
 
 def rebuild_flops(
@@ -237,13 +267,16 @@ def rebuild_flops(
     """
     names = checked_plan(plan)
     hidden, query, wide = shape.hidden, shape.query, shape.intermediate
-    spare = {group: settings.spare(rank, group) for group in GROUPS}
+    spare = {group: settings.spare(shape, rank, group) for group in shape.groups}
     total = 0
     for group, members, width in (
         ("qkv", ("q", "k", "v"), hidden),
         ("gate_up", ("gate", "up"), hidden),
     ):
-        missing = [shape.linear(_OF_NAME[name])[1] for name in members if name not in names]
+        gone = [name for name in members if name not in names]
+        # one linear is computed whole or not at all
+        again = members if gone and shape.has_fused_projections else gone
+        missing = [shape.linear(_OF_NAME[name])[1] for name in again]
         if missing or f"xa_{group}" not in names:
             total += width * spare[group] + sum(missing) * (width + spare[group])
     if not names >= {"h1", "xa_o"}:
@@ -252,6 +285,6 @@ def rebuild_flops(
         total += hidden * (query + spare["o"])
     if "xa_down" not in names:
         total += wide * spare["down"]
-    again = not names >= {"o", "lse"}
-    attention = attention_flops(shape, tokens, seq_length) if again else 0
+    is_kept = names >= {"o", "lse"}
+    attention = 0 if is_kept else attention_flops(shape, tokens, seq_length)
     return {"linears": 2 * tokens * total, "attention": attention}

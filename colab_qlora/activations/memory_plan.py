@@ -140,7 +140,8 @@ class Workload:
         is_hopper = profile.capability >= (9, 0)
         workspace = GEMM_WORKSPACE_BYTES if is_hopper else GEMM_WORKSPACE_BYTES_BEFORE_HOPPER
         packed = {"efficient": "efficient_varlen", "cpu_flash": "cpu_flash", "math": "math"}
-        attention = profile.attention
+        # no other kernel bounds scores
+        attention = "math" if self.shape.has_score_cap else profile.attention
         if self.document_tokens is not None:
             attention = packed.get(attention, "triton")
         if attention == "cpu_flash":
@@ -302,7 +303,7 @@ def plan_for(workload: Workload, machine: Machine) -> MemoryPlan:
             other_bytes=machine.other_bytes,
         )
     except BudgetTooSmall as error:
-        return MemoryPlan(workload, machine, None, error)
+        return MemoryPlan(workload, machine, None, error.with_traceback(None))
     return MemoryPlan(workload, machine, step)
 
 

@@ -18,7 +18,15 @@ from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 
 from colab_qlora.activations.cost_settings import DEFAULT, CostSettings
-from colab_qlora.activations.costs import HALVES, HEADS, held_bytes, kept_costs, mlp_spare
+from colab_qlora.activations.costs import (
+    HALVES,
+    HEADS,
+    held_bytes,
+    kept_costs,
+    mlp_spare,
+    root_bytes,
+    stored_names,
+)
 from colab_qlora.activations.model_shape import ModelShape, Rank, group_rank
 from colab_qlora.activations.scratch_costs import mlp_chunks, scratch_bytes
 from colab_qlora.activations.static_costs import static_bytes
@@ -43,8 +51,8 @@ def attention_workspace(
     Known from this package's code: K and V repeated for every query head, and their gradients, for
     the efficient and the CPU's kernel; row sums of the Triton kernel. Seen in the allocator's
     history on an H200: cuDNN's float32 sum of dq, its gradients of K and V for every query head,
-    and row sums, in one piece. Assumed, and not looked up: the same for FlashAttention, and a
-    float32 sum of dq for the memory-efficient kernel. That may be off by as much.
+    and row sums, in one piece; the memory-efficient kernel's float32 sum of dq. Assumed, and not
+    looked up: the same as cuDNN's for FlashAttention, which may be off by as much.
     """
     queries = tokens * shape.query * settings.itemsize
     expanded = 2 * queries if shape.q_heads > shape.kv_heads else 0
@@ -53,18 +61,21 @@ def attention_workspace(
     if name == "efficient_varlen":
         return expanded, 2 * expanded + sums + delta
     if name == "efficient":
-        # a few heads at a time: their K and V, and copies of their q, o and gradients
+        # a few heads at a time: their K and V with gradients, and copies of their o, dy and dq
         a_head = max(1, expanded // shape.kv_heads)
-        share = min(1.0, max(MOST_REPEATED_BYTES, a_head) / expanded) if expanded else 1.0
-        back = 2 * expanded + sums + (queries if share < 1 else 0)
+        heads = min(shape.kv_heads, max(1, MOST_REPEATED_BYTES // a_head))
+        share = heads / shape.kv_heads if expanded else 1.0
+        back = 2 * expanded + sums + (3 * queries if share < 1 else 0)
         return int(share * expanded), int(share * back) + delta
     if name == "cudnn" or name.startswith("flash"):
         return 0, expanded + sums + delta
     wide = 2 * tokens * shape.key_value * settings.statistic_bytes
+    # how steep bounded scores are, one more tensor of a chunk
+    bent = _MATH_SCORE_BYTES // 3 if shape.has_score_cap else 0
     return {
         "triton": (0, delta),
         "cpu_flash": (expanded, 2 * expanded),
-        "math": (_MATH_SCORE_BYTES, _MATH_SCORE_BYTES + wide),
+        "math": (_MATH_SCORE_BYTES, _MATH_SCORE_BYTES + bent + wide),
     }[name]
 
 
@@ -83,13 +94,13 @@ def transient_bytes(
         mlp", "backward attention". Those of the backward pass contain the gradient of the layer's
         output; the layer's parameter gradients are counted elsewhere.
     """
-    names, row = checked_plan(plan), tokens * settings.itemsize
+    names, row = stored_names(shape, plan), tokens * settings.itemsize
     hidden, query, heads = row * shape.hidden, row * shape.query, row * shape.qkv
     costs = kept_costs(shape, tokens, seq_length, rank, settings.itemsize)
     missing = {name: 0 if name in names else cost.bytes for name, cost in costs.items()}
     outputs, late = missing["o"] + missing["lse"], missing["h1"] + missing["xa_o"]
-    d_qkv = heads + row * settings.spare(rank, "qkv")
-    d_out = hidden + row * settings.spare(rank, "down")
+    d_qkv = heads + row * settings.spare(shape, rank, "qkv")
+    d_out = hidden + row * settings.spare(shape, rank, "down")
     ahead, back = attention_workspace(shape, tokens, settings)
     rotated = row * (shape.query + shape.key_value) if shape.has_head_norms else 0
     attention = rotated + ahead
@@ -101,11 +112,17 @@ def transient_bytes(
     # of what is kept, h1 and xa_o come after the attention
     before = attention - (costs["h1"].bytes + costs["xa_o"].bytes - late)
     after = max(rotated + heads + back, heads + d_qkv, d_qkv + hidden + d_out)
+    # where branches are normed, h1 stands beside the branch that it was made from
+    joined = hidden if shape.has_branch_norms else 0
+    statistic = tokens * settings.statistic_bytes if shape.has_branch_norms else 0
     return {
-        "forward attention": own + outputs + max(before, missing["h1"]),
-        "forward mlp": missing["h1"] + hidden + forward,
+        "forward attention": own + outputs + max(before, missing["h1"] + joined),
+        # h1 and h2, which is made last where branches are normed
+        "forward mlp": joined + max(forward, joined)
+        if joined
+        else missing["h1"] + hidden + forward,
         "backward rebuild": have + max(rebuilt, late),
-        "backward mlp": have + late + inner,
+        "backward mlp": have + late + joined + statistic + inner,
         "backward attention": have + missing["xa_o"] + query + after,
     }
 
@@ -124,19 +141,22 @@ def _mlp_transients(
     """Bytes inside the MLP half, forward and backward, without its inputs and outputs."""
     size, wide = settings.itemsize, shape.intermediate
     chunk, back_chunk = mlp_chunks(plan, tokens, settings)
-    columns = 2 * wide + mlp_spare(rank, settings)
+    columns = 2 * wide + mlp_spare(shape, rank, settings)
     # forward, the buffer of one chunk is there until that of the next is made
     buffers = 0 if plan >= HALVES else min(2, -(-tokens // max(chunk, 1)))
     again = 0 if plan >= HALVES else back_chunk * size * columns
-    ranks = group_rank(rank, "gate_up") + group_rank(rank, "down")
+    ranks = group_rank(shape, rank, "gate_up") + group_rank(shape, rank, "down")
+    # one adapter of gate and up: its gradient comes in two halves, which are joined
+    joined = 2 * wide * group_rank(shape, rank, "gate_up") if shape.has_fused_projections else 0
+    ranks += group_rank(shape, rank, "gate_up") if shape.has_fused_projections else 0
     sums = 0
     on_gpu = settings.gemm_workspace_bytes > 0
     if on_gpu and size == 2 and "xa_down" in plan:  # else these gradients have no kernel of theirs
-        sums = 4 * ranks * (max(_GLU_SUM_COLUMNS, wide) + wide)
+        sums = 4 * (ranks * (max(_GLU_SUM_COLUMNS, wide) + wide) + joined)
     if settings.has_dropout:
         sums += back_chunk * wide * (1 + 2 * size)  # a mask, and the product before its scaling
     d_down, d_norm = back_chunk * wide * size, back_chunk * shape.hidden * size
-    products = 0 if "xa_down" in plan else back_chunk * size * settings.spare(rank, "down")
+    products = 0 if "xa_down" in plan else back_chunk * size * settings.spare(shape, rank, "down")
     return buffers * chunk * size * columns, again + max(d_down + sums + products, d_norm)
 
 
@@ -238,7 +258,7 @@ def step_moments(
                 add(phase, index, late, size)
         moving = held(plan) - held(frozenset(plans[index])) if offloads[index] else 0
         if "h0" in offloads[index]:  # which a plan always names
-            moving += row * shape.hidden
+            moving += root_bytes(shape, tokens, settings.itemsize)
         kept += held(plan) - moving
     for phase, size in loss_bytes(shape, tokens, settings, max(tokens - batch, 0)).items():
         add(phase, None, earlier, size)
@@ -262,7 +282,8 @@ def peak_phases(
 def _batch_bytes(shape: ModelShape, batch: int, seq_length: int, settings: CostSettings) -> int:
     """Token ids, labels and shifted labels; rotation tables of one sequence."""
     given = 3 * 8 * batch * seq_length
-    return given + 2 * seq_length * shape.head_dim * settings.statistic_bytes
+    turning = shape.rotary_dim or shape.head_dim
+    return given + shape.rotations * 2 * seq_length * turning * settings.statistic_bytes
 
 
 def _layer_phases(
@@ -278,10 +299,13 @@ def _layer_phases(
     """`transient_bytes` and what the layer itself has kept by then."""
     sizes = (shape, tokens, seq_length, rank)
     inside = transient_bytes(*sizes, plan, settings)
+    row_bytes = tokens * shape.hidden * settings.itemsize
     half = held_bytes(*sizes, plan - _MLP_NAMES, settings)
+    # of what cannot be computed again, only the input is there before the MLP
+    half += row_bytes - root_bytes(shape, tokens, settings.itemsize)
     all_of_it = held_bytes(*sizes, plan, settings)
     # the gradient of the last layer's output comes without spare columns and is copied
-    copied = tokens * shape.hidden * settings.itemsize * is_last
+    copied = row_bytes * is_last
     found = {}
     for phase, size in inside.items():
         there = half if phase == "forward attention" else all_of_it

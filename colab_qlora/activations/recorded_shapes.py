@@ -9,7 +9,8 @@ import re
 
 from colab_qlora.activations.model_shape import ModelShape
 
-_LLAMA_VOCAB, _QWEN_VOCAB = 128_256, 151_936
+_LLAMA_VOCAB, _QWEN_VOCAB, _GEMMA_2_VOCAB = 128_256, 151_936, 256_000
+_GEMMA_2 = {"is_tied": True, "has_branch_norms": True, "has_score_cap": True}
 
 RECORDED_SHAPES = {
     "smollm2-135m": ModelShape(30, 576, 1536, 9, 3, 64, 49_152, is_tied=True),
@@ -41,6 +42,11 @@ RECORDED_SHAPES = {
         36, 2560, 9728, 32, 8, 128, _QWEN_VOCAB, is_tied=True, has_head_norms=True
     ),
     "qwen3-8b": ModelShape(36, 4096, 12_288, 32, 8, 128, _QWEN_VOCAB, has_head_norms=True),
+    "phi-3-mini-4k": ModelShape(
+        32, 3072, 8192, 32, 32, 96, 32_064, window=2047, has_fused_projections=True
+    ),
+    "gemma-2-2b": ModelShape(26, 2304, 9216, 8, 4, 256, _GEMMA_2_VOCAB, **_GEMMA_2),
+    "gemma-2-9b": ModelShape(42, 3584, 14_336, 16, 8, 256, _GEMMA_2_VOCAB, **_GEMMA_2),
 }
 # what publishers add to the name of the same sizes
 _ENDINGS = r"(-(instruct|base|it|bnb|4bit|nf4|unsloth|bf16))+$"

@@ -11,10 +11,12 @@ from collections.abc import Collection, Iterable
 from colab_qlora.activations.cost_settings import DEFAULT, CostSettings
 from colab_qlora.activations.costs import held_bytes
 from colab_qlora.activations.model_shape import ModelShape, Rank
+from colab_qlora.layers.saved import BRANCH
 
 _ROOT = frozenset({"h0"})
 
-# class -> names of layers/saved.py; "input" is the root of every rebuild and cannot be recomputed
+# class -> names of layers/saved.py; "input" is the root of every rebuild and cannot be recomputed.
+# With it goes what a layer that norms its branches always keeps
 CLASSES = {
     "input": ("h0",),
     "qkv": ("q", "k", "v"),
@@ -27,9 +29,11 @@ CLASSES = {
 OFFLOADABLE = ("input", "qkv", "attention", "h1", "gate_up")
 
 
-def names_of(classes: Iterable[str]) -> frozenset[str]:
-    """The names of the tensors in these classes."""
-    return frozenset(name for group in classes for name in CLASSES[group])
+def names_of(classes: Iterable[str], shape: ModelShape | None = None) -> frozenset[str]:
+    """The names of the tensors in these classes; of a model of that shape, if it is given."""
+    names = frozenset(name for group in classes for name in CLASSES[group])
+    has_branch = shape is not None and shape.has_branch_norms and names >= _ROOT
+    return names | {BRANCH} if has_branch else names
 
 
 def class_bytes(
@@ -61,6 +65,9 @@ def host_blocks(
     """Bytes of each piece of memory that offloading these classes of one layer sends away."""
     sizes = class_bytes(shape, tokens, seq_length, rank, settings, classes)
     blocks = [sizes[name] for name in classes if name != "attention"]
+    if "input" in classes and shape.has_branch_norms:  # two tensors of one size
+        blocks.remove(sizes["input"])
+        blocks += [sizes["input"] // 2] * 2
     if "attention" in classes:  # o and lse lie apart
         output = tokens * settings.itemsize * shape.query
         blocks += [output, sizes["attention"] - output]

@@ -7,7 +7,7 @@ from typing import Any, cast
 
 from colab_qlora.activations.cost_settings import DEFAULT, CostSettings
 from colab_qlora.activations.costs import HALVES, HEADS
-from colab_qlora.activations.model_shape import GROUPS, LINEARS, ModelShape, Rank
+from colab_qlora.activations.model_shape import ModelShape, Rank
 from colab_qlora.layers.linear import LinearPart
 from colab_qlora.layers.linear_group import PADDING
 from colab_qlora.layers.saved import checked_plan
@@ -55,7 +55,7 @@ def _slot_requests(
     shape: ModelShape, tokens: int, rank: Rank, plan: frozenset[str], settings: CostSettings
 ) -> list[tuple[str, int]]:
     """Every (slot, numbers) that a layer with this plan asks for."""
-    spare = {group: settings.spare(rank, group) for group in GROUPS}
+    spare = {group: settings.spare(shape, rank, group) for group in shape.groups}
     forward, backward = mlp_chunks(plan, tokens, settings)
     chunk = max(forward, backward)
     found = [
@@ -65,9 +65,12 @@ def _slot_requests(
         ("d_o", tokens * (shape.hidden + spare["o"])),
         ("m", forward * (shape.intermediate + spare["down"]) if plan >= HALVES else 0),
     ]
-    for group in GROUPS:
+    if shape.has_branch_norms:
+        found.append(("d_branch", tokens * (shape.hidden + spare["o"])))
+        found.append(("d_branch", backward * (shape.hidden + spare["down"])))
+    for group, linears in shape.groups.items():
         slot = "weight_gate_up" if group == "gate_up" and settings.holds_gate_up else "weight"
-        width = shape.linear(GROUPS[group][0])[0] + spare[group]
+        width = shape.linear(linears[0])[0] + spare[group]
         heights = _span_heights(shape, rank, group, plan, settings)
         found += [(slot, (height + spare[group]) * width) for height in heights]
         if _products_alone(group, plan):
@@ -85,20 +88,22 @@ def _span_heights(
     shape: ModelShape, rank: Rank, group: str, plan: frozenset[str], settings: CostSettings
 ) -> list[int]:
     """Rows of the weights that are decoded together, forward and when outputs are rebuilt."""
-    sizes = [shape.linear(name) for name in GROUPS[group]]
+    sizes = [shape.linear(name) for name in shape.groups[group]]
     most = settings.max_weight_bytes
     if most is None and not plan >= HALVES and not settings.holds_gate_up:
-        every = [shape.linear(name) for name in LINEARS]
+        every = [shape.linear(name) for name in shape.linears]
         most = max(2 * outer * (inner + PADDING["cuda"]) for inner, outer in every)
     nothing = cast(Any, None)
     parts = [
         LinearPart(name, "nf4", outer, inner, nothing, None, nothing)
-        for name, (inner, outer) in zip(GROUPS[group], sizes, strict=True)
+        for name, (inner, outer) in zip(shape.groups[group], sizes, strict=True)
     ]
     rows = [sum(outer for _, outer in sizes[:count]) for count in range(len(sizes) + 1)]
-    row_bytes = (sizes[0][0] + settings.spare(rank, group)) * settings.itemsize
+    row_bytes = (sizes[0][0] + settings.spare(shape, rank, group)) * settings.itemsize
     members = {"qkv": ("q", "k", "v"), "gate_up": ("gate", "up")}.get(group, ())
     missing = frozenset(i for i, name in enumerate(members) if name not in plan)
+    if len(parts) == 1 and missing:
+        missing = frozenset({0})
     spans = [
         span for only in (None, missing) for span in spans_of(parts, rows, row_bytes, most, only)
     ]

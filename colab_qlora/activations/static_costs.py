@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 
 from colab_qlora.activations.cost_settings import DEFAULT, CostSettings
-from colab_qlora.activations.model_shape import LINEARS, ModelShape, Rank, adapter_sizes
+from colab_qlora.activations.model_shape import ModelShape, Rank, adapter_sizes
 
 _MIB = 2**20
 # an assumption, that of teaching/memory.py; it depends on GPU, driver and the kernels loaded, and
@@ -36,10 +36,11 @@ def static_bytes(shape: ModelShape, rank: Rank, settings: CostSettings = DEFAULT
     a backward pass; not before it).
     Estimates: "GEMM workspace" and, outside torch's allocator, "CUDA context".
     """
-    size, linears = settings.itemsize, [math.prod(shape.linear(name)) for name in LINEARS]
+    size, linears = settings.itemsize, [math.prod(shape.linear(name)) for name in shape.linears]
     weights = sum(nf4_bytes(n) if settings.is_4bit else n * size for n in linears)
-    tables = _NF4_TABLE_BYTES * len(LINEARS) * settings.is_4bit
-    norms = 2 * shape.hidden + 2 * shape.head_dim * shape.has_head_norms
+    tables = _NF4_TABLE_BYTES * len(linears) * settings.is_4bit
+    norms = (4 if shape.has_branch_norms else 2) * shape.hidden
+    norms += 2 * shape.head_dim * shape.has_head_norms
     biases = shape.qkv * shape.has_qkv_bias + shape.hidden * shape.has_o_bias
     biases += (2 * shape.intermediate + shape.hidden) * shape.has_mlp_bias
     head = shape.vocab * shape.hidden * size
@@ -51,7 +52,7 @@ def static_bytes(shape: ModelShape, rank: Rank, settings: CostSettings = DEFAULT
         "head": 0 if shape.is_tied else head,
         "norms": (shape.layers * norms + shape.hidden) * size,
         "biases": shape.layers * biases * size,
-        "rotation": 2 * 4 * (shape.head_dim // 2),
+        "rotation": shape.rotations * 2 * 4 * ((shape.rotary_dim or shape.head_dim) // 2),
         "adapters": adapters,
         "optimizer states": states,
         "gradients": gradients,

@@ -65,12 +65,12 @@ class StepPlan:
     @cached_property
     def keep(self) -> tuple[frozenset[str], ...]:
         """Names of tensors (`layers/saved.py`) that stay on the GPU, for each layer."""
-        return tuple(names_of(classes) for classes in self.plan.keep)
+        return tuple(names_of(classes, self.batch.shape) for classes in self.plan.keep)
 
     @cached_property
     def offload(self) -> tuple[frozenset[str], ...]:
         """Names of tensors that wait in host memory, for each layer."""
-        return tuple(names_of(classes) for classes in self.plan.offload)
+        return tuple(names_of(classes, self.batch.shape) for classes in self.plan.offload)
 
     @cached_property
     def stored(self) -> tuple[frozenset[str], ...]:
@@ -143,7 +143,8 @@ def plan_step(
         try:
             found = search.best(budget_bytes - other_bytes)
         except BudgetTooSmall as error:
-            failures.append(error)
+            # its frames would hold those of the model's forward pass, and all that is in them
+            failures.append(error.with_traceback(None))
             continue
         found = replace(found, other_bytes=other_bytes)
         if settings.embedding == "gpu":
@@ -248,9 +249,9 @@ class _Search:
             self.sequences,
             self.seq_length,
             batch.rank,
-            [names_of(classes) for classes in plan.keep],
+            [names_of(classes, batch.shape) for classes in plan.keep],
             batch.settings,
-            [names_of(classes) for classes in plan.offload],
+            [names_of(classes, batch.shape) for classes in plan.offload],
         )
 
     def beside(self, kept: frozenset[str]) -> int:

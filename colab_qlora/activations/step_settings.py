@@ -8,7 +8,6 @@ from collections.abc import Iterator
 from dataclasses import replace
 
 from colab_qlora.activations.cost_settings import CostSettings
-from colab_qlora.activations.model_shape import LINEARS
 from colab_qlora.activations.static_costs import nf4_bytes
 from colab_qlora.activations.step_time import Batch
 
@@ -34,7 +33,8 @@ def settings_of_step(batch: Batch) -> Iterator[tuple[float, CostSettings]]:
     chunks = [WHOLE, *(size for size in MLP_CHUNKS if size < batch.tokens)]
     if given.mlp_tokens is not None or given.has_dropout:
         chunks = [given.mlp_tokens or WHOLE]
-    largest = max(math.prod(batch.shape.linear(name)) for name in LINEARS) * given.itemsize
+    shape = batch.shape
+    largest = max(math.prod(shape.linear(name)) for name in shape.linears) * given.itemsize
     weights = [WHOLE, largest] if given.max_weight_bytes is None else [given.max_weight_bytes]
     logits = [given.logits_budget_bytes]
     if given.logits_budget_bytes is None:

@@ -18,7 +18,7 @@ from dataclasses import dataclass
 from colab_qlora.activations.cost_settings import DEFAULT, CostSettings
 from colab_qlora.activations.costs import attention_flops
 from colab_qlora.activations.gpu_profile import GpuProfile
-from colab_qlora.activations.model_shape import GROUPS, LINEARS, ModelShape, Rank
+from colab_qlora.activations.model_shape import ModelShape, Rank
 from colab_qlora.activations.static_costs import nf4_bytes, static_bytes
 
 # a layer's launches when everything is recomputed, against none of it: at Llama-3.2-1B's shapes and
@@ -28,6 +28,8 @@ RECOMPUTE_LAUNCHES = 0.35
 HOST_GATHER_BYTES_PER_S = 4e9
 # backward of attention: five products of the forward's size in place of two
 ATTENTION_BACKWARD = 2.5
+# an assumption, not measured: bounded scores are float32 products outside the tensor cores
+CAPPED_ATTENTION = 6.0
 
 
 @dataclass(frozen=True)
@@ -57,12 +59,12 @@ class Batch:
     @functools.cached_property
     def group_s(self) -> dict[str, float]:
         """Seconds of each group's wide GEMM, in either direction, with its decoding."""
-        return {group: self._linears_s(names, group) for group, names in GROUPS.items()}
+        return {group: self._linears_s(names, group) for group, names in self.shape.groups.items()}
 
     @functools.cached_property
     def attention_s(self) -> float:
         flops = attention_flops(self.shape, self.tokens, self.seq_length)
-        return flops / self.profile.attention_flops_per_s
+        return self._attention_slowdown * flops / self.profile.attention_flops_per_s
 
     @functools.cached_property
     def forward_s(self) -> float:
@@ -70,6 +72,8 @@ class Batch:
         shape, row = self.shape, self._row
         # two norms, the rotation, the gated unit, two residuals
         moved = row * (6 * shape.hidden + 2 * (shape.query + shape.key_value))
+        if shape.has_branch_norms:
+            moved += row * 4 * shape.hidden
         moved += row * 3 * shape.intermediate
         return sum(self.group_s.values()) + self.attention_s + self._move_s(moved)
 
@@ -79,8 +83,11 @@ class Batch:
         shape, row = self.shape, self._row
         flops = attention_flops(shape, self.tokens, self.seq_length)
         attention_s = ATTENTION_BACKWARD * flops / self.profile.attention_backward_flops_per_s
+        attention_s *= self._attention_slowdown
         # norms once more and backward, the gated unit's gradient, q, k and v's
         moved = row * (12 * shape.hidden + 5 * shape.intermediate + 4 * shape.qkv)
+        if shape.has_branch_norms:
+            moved += row * 11 * shape.hidden
         return sum(self.group_s.values()) + self._factors_s() + attention_s + self._move_s(moved)
 
     @functools.cached_property
@@ -133,6 +140,10 @@ class Batch:
         return max(gpu_s, host_s)
 
     @property
+    def _attention_slowdown(self) -> float:
+        return CAPPED_ATTENTION if self.shape.has_score_cap else 1.0
+
+    @property
     def _row(self) -> int:
         return self.tokens * self.settings.itemsize
 
@@ -141,7 +152,7 @@ class Batch:
 
     def _linears_s(self, names: Sequence[str], group: str) -> float:
         """A wide GEMM over a group, its adapters' product and the weight's decoding."""
-        spare = self.settings.spare(self.rank, group)
+        spare = self.settings.spare(self.shape, self.rank, group)
         inner = self.shape.linear(names[0])[0]
         outer = sum(self.shape.linear(name)[1] for name in names)
         numbers = outer * (inner + spare)
@@ -160,12 +171,12 @@ class Batch:
     def _factors_s(self) -> float:
         """Gradients of all adapters: two products for each, of the width of input or output."""
         widths = 0
-        for group, names in GROUPS.items():
-            spare = self.settings.spare(self.rank, group)
+        for group, names in self.shape.groups.items():
+            spare = self.settings.spare(self.shape, self.rank, group)
             outer = sum(self.shape.linear(name)[1] for name in names)
             widths += spare * (self.shape.linear(names[0])[0] + outer)
         flops_s = 4 * self.tokens * widths / self.profile.gemm_flops_per_s
-        columns = sum(sum(self.shape.linear(name)) for name in LINEARS)
+        columns = sum(sum(self.shape.linear(name)) for name in self.shape.linears)
         return max(flops_s, self._move_s(self._row * columns / 4))
 
     def _gate_up_again_s(self) -> float:

@@ -41,7 +41,7 @@ FEATURES = {
     "efficient_varlen": frozenset({"packed"}),
     "efficient": frozenset({"mask", "window", "packed"}),
     "cpu_flash": frozenset({"mask", "window", "packed"}),
-    "math": frozenset({"mask", "window", "packed"}),
+    "math": frozenset({"mask", "window", "packed", "cap"}),
 }
 
 # the switches that `rank_backends` reads; "deterministic" asks for the same bits at every run
@@ -52,7 +52,7 @@ ALL_ENABLED = {
     "triton": True,
     "deterministic": False,
 }
-_ADJECTIVES = {"mask": "masked", "packed": "packed", "window": "windowed"}
+_ADJECTIVES = {"mask": "masked", "packed": "packed", "window": "windowed", "cap": "capped"}
 _HALF = (torch.float16, torch.bfloat16)
 _FLOATS = (*_HALF, torch.float32, torch.float64)
 

@@ -3,6 +3,9 @@
     P = exp(S - lse),  S = scale * q k^T + bias,  o = P v
     dv = P^T do,  dS = P * (do v^T - rowsum(P * do v^T)),  dq = scale * dS k,  dk = scale * dS^T q
 
+With a cap, S = cap * t + bias where t = tanh(scale * q k^T / cap), and dS gets the factor 1 - t^2.
+No kernel of torch's knows that, so that Gemma 2's attention is computed here on every device.
+
 Scores are computed in float32 (float64 for float64), a chunk of query rows at a time against the
 keys that these rows see, and once more in the backward.
 """
@@ -59,13 +62,16 @@ def math_backward(
     totals = lse.unflatten(1, (shape.kv_heads, shape.group))
     for chunk in _chunks(shape):
         total = _queries(totals.unsqueeze(-1), chunk, wide)
-        weights = _scores(queries, keys, shape, chunk, wide).sub_(total).exp_()
+        scores, steepness = _scores_and_steepness(queries, keys, shape, chunk, wide)
+        weights = scores.sub_(total).exp_()
         slope = _queries(slopes, chunk, wide)
         dv_sum[chunk.batch, :, chunk.seen] += weights.transpose(-1, -2) @ slope
         d_weights = slope @ _keys(values, chunk, wide).transpose(-1, -2)
         # from the unrounded weights, where a kernel takes sum(do * o) with the rounded o
         d_weights -= (weights * d_weights).sum(-1, keepdim=True)
         d_scores = weights.mul_(d_weights).mul_(shape.scale)
+        if steepness is not None:
+            d_scores.mul_(steepness)
         part = d_queries[chunk.batch, :, :, chunk.rows]
         part.copy_((d_scores @ _keys(keys, chunk, wide)).unflatten(2, part.shape[2:4]))
         query = _queries(queries, chunk, wide)
@@ -106,6 +112,27 @@ def _scores(
     """Scores (batch, kv_heads, group * rows, keys) of a chunk, what is hidden at the bottom."""
     seen = _keys(keys, chunk, wide).transpose(-1, -2)
     scores = (_queries(queries, chunk, wide) @ seen).mul_(shape.scale)
+    if shape.cap is not None:
+        scores.div_(shape.cap).tanh_().mul_(shape.cap)
+    return _hidden_(scores, queries, shape, chunk, wide)
+
+
+def _scores_and_steepness(
+    queries: Tensor, keys: Tensor, shape: AttentionShape, chunk: _Chunk, wide: torch.dtype
+) -> tuple[Tensor, Tensor | None]:
+    """The same, and how much a capped score moves with the product it comes from."""
+    if shape.cap is None:
+        return _scores(queries, keys, shape, chunk, wide), None
+    seen = _keys(keys, chunk, wide).transpose(-1, -2)
+    bent = (_queries(queries, chunk, wide) @ seen).mul_(shape.scale).div_(shape.cap).tanh_()
+    steepness = 1 - bent.square()
+    return _hidden_(bent.mul_(shape.cap), queries, shape, chunk, wide), steepness
+
+
+def _hidden_(
+    scores: Tensor, queries: Tensor, shape: AttentionShape, chunk: _Chunk, wide: torch.dtype
+) -> Tensor:
+    """`scores`, with those that a row does not see at the bottom."""
     by_row = scores.unflatten(2, (shape.group, -1))
     bias = shape.bias(wide, queries.device)
     if bias is not None:

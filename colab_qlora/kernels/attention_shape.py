@@ -12,6 +12,7 @@ since the layers of a model share one shape a step.
 from __future__ import annotations
 
 import functools
+import math
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
@@ -45,6 +46,7 @@ class AttentionShape:
         mask: (batch, 1 or q_heads, seq_length, seq_length): bool, True where a row may look, or
             floating-point, added to the scores. It comes on top of `causal` and `window`.
         window: tokens that a row sees, itself included; needs `causal`.
+        cap: scores s become cap * tanh(s / cap) before the mask, as in Gemma 2; None: as they are.
 
     Raises:
         UserError: the fields contradict each other.
@@ -62,6 +64,7 @@ class AttentionShape:
     max_seqlen: int | None = None
     mask: torch.Tensor | None = None
     window: int | None = None
+    cap: float | None = None
     _kept: dict[Any, Any] = field(default_factory=dict, init=False, repr=False)
 
     def __post_init__(self) -> None:
@@ -77,6 +80,8 @@ class AttentionShape:
                 got=f"window={self.window}, causal={self.causal}",
                 allowed="1 or more, with causal=True",
             )
+        if self.cap is not None and not 0 < self.cap < math.inf:
+            raise UserError("cap is not positive", got=self.cap, allowed="None, or above 0")
         self._check_mask()
         self._check_documents()
 
@@ -106,11 +111,12 @@ class AttentionShape:
 
     @functools.cached_property
     def features(self) -> frozenset[str]:
-        """What a kernel has to know beyond dense and causal: "mask", "packed", "window"."""
+        """What a kernel has to know beyond dense and causal: "mask", "packed", "window", "cap"."""
         has = {
             "mask": self.mask is not None,
             "packed": self.packed,
             "window": self.window is not None and self.window < self.longest,
+            "cap": self.cap is not None,
         }
         return frozenset(name for name, present in has.items() if present)
 
@@ -151,7 +157,7 @@ class AttentionShape:
         heads = (self.q_heads, self.kv_heads, self.head_dim, self.scale, self.causal)
         return self.kept(
             ("run", count, length),
-            lambda: AttentionShape(count, length, *heads, window=self.window),
+            lambda: AttentionShape(count, length, *heads, window=self.window, cap=self.cap),
         )
 
     def bias(self, dtype: torch.dtype, device: torch.device) -> torch.Tensor | None:

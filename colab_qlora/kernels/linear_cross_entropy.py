@@ -51,7 +51,11 @@ from colab_qlora.kernels.logits_chunk import (
     aligned_vocab,
     head_chunk_rows,
 )
-from colab_qlora.kernels.weight_products import DenseProducts, Int8Products
+from colab_qlora.kernels.weight_products import (
+    DenseProducts,
+    Int8Products,
+    hide_from_products,
+)
 
 # rows of a float32 product of a trained head at least, as of a chunk of logits
 _MIN_ROWS = 16
@@ -112,7 +116,9 @@ def _run_head(
         head = DenseProducts(weight)
     else:
         head = Int8Products(weight, hidden.dtype, settings.memory_budget_bytes // TILE_SHARE)
-    buffer = hidden.new_empty(min(step, count), aligned_vocab(vocab))[:, :vocab]
+    whole = hidden.new_empty(min(step, count), aligned_vocab(vocab))
+    buffer = whole[:, :vocab]
+    hide_from_products(whole[:, vocab:])
     for start in range(0, count, step):
         part = slice(start, min(start + step, count))
         rows = all_rows[part] if index is None else all_rows.index_select(0, index[part])

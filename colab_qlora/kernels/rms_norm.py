@@ -1,18 +1,20 @@
 """RMSNorm over the last dimension, of a tensor or of the sum of a tensor and a residual stream.
 
     h = x (+ residual, rounded to x's dtype)        rstd = 1 / sqrt(mean(h^2) + eps)
-    y = h * rstd * weight
+    y = h * rstd * weight (+ added)
     dx = rstd * (g - n * mean(g * n)) + residual_grad     with g = weight * dy, n = h * rstd
     dweight = sum over rows of dy * n
 
-All of it is float32 inside and rounded once, where transformers rounds h * rstd as well.
+Gemma's norms have 1 + weight for weight, and those behind its attention and its MLP are `added` to
+the residual stream. All of it is float32 inside and rounded once, where transformers rounds h *
+rstd as well (of Gemma's, what is added).
 
 Bytes moved a row of W half values: forward 4 W + 4 (x in, y and rstd out), with a residual 8 W + 4
-(x and residual in, h and y out); backward 6 W + 4 (dy, h and rstd in, dx out), with residual_grad
-8 W + 4. At W = 4096 that is 16, 32, 24 and 32 KiB. The weight, read once a program, stays in
-the cache. dweight adds no pass over the rows, but 8 W bytes a program: partial sums out and in.
-The backward pass can write y anew, since the LoRA gradient of the projection behind it needs y:
-2 W more, where a pass of its own would move 4 W.
+(x and residual in, h and y out), with something added 6 W + 4; backward 6 W + 4 (dy, h and rstd in,
+dx out), with residual_grad 8 W + 4. At W = 4096 that is 16, 32, 24, 24 and 32 KiB. The weight, read
+once a program, stays in the cache. dweight adds no pass over the rows, but 8 W bytes a program:
+partial sums out and in. The backward pass can write y anew, since the LoRA gradient of the
+projection behind it needs y: 2 W more, where a pass of its own would move 4 W.
 """
 
 from __future__ import annotations
@@ -62,7 +64,8 @@ def _forward_kernel(
     x, residual, weight, out, rstd, h,
     rows, heads, eps,
     x_row, x_head, residual_row, residual_head, out_row, out_head, h_row, h_head,
-    HAS_RESIDUAL: tl.constexpr, WIDTH: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr,
+    HAS_RESIDUAL: tl.constexpr, IS_ADDED_AFTER: tl.constexpr, ADDS_ONE: tl.constexpr,
+    WIDTH: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     index = tl.program_id(0) * ROWS + tl.arange(0, ROWS)  # [ROWS]
     column = tl.arange(0, BLOCK)[None, :]  # [1, BLOCK]
@@ -81,7 +84,12 @@ def _forward_kernel(
     scale = tl.rsqrt(tl.sum(value * value, axis=1) / WIDTH + eps)  # [ROWS]
     tl.store(rstd + index, scale, mask=index < rows)
     gain = tl.load(weight + column, mask=column < WIDTH, other=0.0).to(tl.float32)
+    if ADDS_ONE:
+        gain += 1.0
     y = value * scale[:, None] * gain
+    if IS_ADDED_AFTER:
+        offset = _row_offsets(index, heads, residual_row, residual_head)[:, None] + column
+        y += tl.load(residual + offset, mask=mask, other=0.0).to(tl.float32)
     offset = _row_offsets(index, heads, out_row, out_head)[:, None] + column
     tl.store(out + offset, y.to(out.dtype.element_ty), mask=mask)
 
@@ -93,6 +101,7 @@ def _backward_kernel(
     dy_row, dy_head, h_row, h_head, residual_row, residual_head, out_row, out_head,
     normed_row, normed_head,
     HAS_RESIDUAL_GRAD: tl.constexpr, NEEDS_WEIGHT_GRAD: tl.constexpr, WRITES_NORMED: tl.constexpr,
+    ADDS_ONE: tl.constexpr,
     WIDTH: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     program = tl.program_id(0)
@@ -109,7 +118,10 @@ def _backward_kernel(
         grad = tl.load(dy + offset, mask=mask, other=0.0).to(tl.float32)
         if NEEDS_WEIGHT_GRAD:
             gain_grad += grad * scaled
-        grad *= tl.load(weight + column, mask=column < WIDTH, other=0.0).to(tl.float32)
+        gain = tl.load(weight + column, mask=column < WIDTH, other=0.0).to(tl.float32)
+        if ADDS_ONE:
+            gain += 1.0
+        grad *= gain
         shared = tl.sum(grad * scaled, axis=1)[:, None] / WIDTH  # [ROWS, 1]
         dx = scale * (grad - scaled * shared)
         if HAS_RESIDUAL_GRAD:
@@ -119,7 +131,10 @@ def _backward_kernel(
         tl.store(out + offset, dx.to(out.dtype.element_ty), mask=mask)
         if WRITES_NORMED:
             # the weight once more, from the cache: the registers to keep it are dweight's
-            y = scaled * tl.load(weight + column, mask=column < WIDTH, other=0.0).to(tl.float32)
+            gain = tl.load(weight + column, mask=column < WIDTH, other=0.0).to(tl.float32)
+            if ADDS_ONE:
+                gain += 1.0
+            y = scaled * gain
             offset = _row_offsets(index, heads, normed_row, normed_head)[:, None] + column
             tl.store(normed + offset, y.to(normed.dtype.element_ty), mask=mask)
     if NEEDS_WEIGHT_GRAD:
@@ -133,6 +148,8 @@ def rms_norm_forward(
     eps: float,
     *,
     residual: torch.Tensor | None = None,
+    added: torch.Tensor | None = None,
+    adds_one: bool = False,
     out: torch.Tensor | None = None,
     h_out: torch.Tensor | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
@@ -144,6 +161,9 @@ def rms_norm_forward(
         weight: any of these dtypes, shape (width,).
         eps: added to the mean square.
         residual: as x, with strides of its own.
+        added: as x, with strides of its own: added to y before the one rounding. Not together with
+            a residual, which is added before the norm.
+        adds_one: 1 + weight takes the place of weight.
         out: where y goes: as x, with strides of its own, overlapping no input.
         h_out: where x + residual goes: as x, with strides of its own. It may be `x` or `residual`
             itself, the very same view, which is then overwritten; otherwise it overlaps nothing.
@@ -154,39 +174,39 @@ def rms_norm_forward(
         contiguous tensor.
 
     Raises:
-        UserError: a tensor's shape, dtype, device or strides do not fit; or `h_out` is given
-            although there is no residual.
+        UserError: a tensor's shape, dtype, device or strides do not fit; `h_out` is given although
+            there is no residual, or `added` although there is one.
     """
     key = ready = None
     if runs_triton(x):
         weight, eps = weight.contiguous(), float(eps)
-        key = (eps, layout(x), layout(weight), layout(residual), layout(out), layout(h_out))
+        given = (x, weight, residual, out, h_out, added)
+        key = (eps, adds_one, *map(layout, given))
         ready = _forward_launches.get(key)
     if ready is None:
-        check_forward(x, weight, residual, out, h_out)
+        check_forward(x, weight, residual, added, out, h_out)
         if key is None or x.shape[-1] > MAX_KERNEL_WIDTH:
-            return rms_norm_forward_reference(
-                x, weight, eps, residual=residual, out=out, h_out=h_out
-            )
+            options = {"added": added, "adds_one": adds_one, "out": out, "h_out": h_out}
+            return rms_norm_forward_reference(x, weight, eps, residual=residual, **options)
     y = new_like(x) if out is None else out
     rstd = torch.empty(x.shape[:-1], dtype=torch.float32, device=x.device)
-    second, h = x, x
+    second, h = x if added is None else added, x
     if residual is not None:
         second, h = residual, new_like(x) if h_out is None else h_out
     tensors = (x, second, weight, y, rstd, h)
     if ready is None:
-        _start_forward(key, tensors, eps, residual is not None)
+        _start_forward(key, tensors, eps, (residual is not None, added is not None, adds_one))
     else:
         ready(*map(torch.Tensor.data_ptr, tensors))
     return y, rstd, h
 
 
-def _start_forward(key, tensors, eps, has_residual):
+def _start_forward(key, tensors, eps, flags):
     x, second, _, y, rstd, h = tensors
     tile_rows, block, warps = _tile(x.shape[-1])
     numbers = (rstd.numel(), _heads(x), eps)
     strides = (*_strides(x), *_strides(second), *_strides(y), *_strides(h))
-    constexprs = (has_residual, x.shape[-1], tile_rows, block)
+    constexprs = (*flags, x.shape[-1], tile_rows, block)
     _forward_launches.start(
         *(key, _forward_kernel, (triton.cdiv(rstd.numel(), tile_rows),)),
         tensors,
@@ -204,6 +224,7 @@ def rms_norm_backward(
     *,
     residual_grad: torch.Tensor | None = None,
     needs_weight_grad: bool = False,
+    adds_one: bool = False,
     out: torch.Tensor | None = None,
     normed: torch.Tensor | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
@@ -217,10 +238,11 @@ def rms_norm_backward(
         residual_grad: as h, with strides of its own: the gradient that reaches h past the norm,
             over the residual stream. It is added before the one rounding.
         needs_weight_grad: compute dweight too.
+        adds_one: as in the forward pass.
         out: where dx goes: as h, with strides of its own. It may be `residual_grad` or `dy` itself,
             which is then overwritten; otherwise it overlaps no input.
         normed: written to if given: as h, with strides of its own, overlapping nothing. It gets y
-            once more, with the bits of the forward pass.
+            once more, with the bits of the forward pass (and nothing added).
 
     Returns:
         dx, in h's dtype: `out` if given; and dweight, summed in float32 and returned in weight's
@@ -233,7 +255,7 @@ def rms_norm_backward(
     if runs_triton(h):
         weight = weight.contiguous()
         given = (dy, h, weight, rstd, residual_grad, out, normed)
-        key = (needs_weight_grad, *map(layout, given))
+        key = (needs_weight_grad, adds_one, *map(layout, given))
         ready = _backward_launches.get(key)
     if ready is None:
         check_backward(dy, h, weight, rstd, residual_grad, out, normed)
@@ -242,6 +264,7 @@ def rms_norm_backward(
                 *(dy, h, weight, rstd),
                 residual_grad=residual_grad,
                 needs_weight_grad=needs_weight_grad,
+                adds_one=adds_one,
                 out=out,
                 normed=normed,
             )
@@ -253,7 +276,7 @@ def rms_norm_backward(
     second = h if residual_grad is None else residual_grad
     tensors = (dy, h, weight, rstd, second, dx, partial, h if normed is None else normed)
     if ready is None:
-        flags = (residual_grad is not None, needs_weight_grad, normed is not None)
+        flags = (residual_grad is not None, needs_weight_grad, normed is not None, adds_one)
         _start_backward(key, tensors, flags)
     else:
         ready(*map(torch.Tensor.data_ptr, tensors))
@@ -301,20 +324,19 @@ def _strides(x: torch.Tensor) -> tuple[int, int]:
 
 class _RMSNorm(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, x, weight, eps):
-        y, rstd, h = rms_norm_forward(_as_rows(x), weight, eps)
+    def forward(ctx, x, weight, eps, adds_one):
+        y, rstd, h = rms_norm_forward(_as_rows(x), weight, eps, adds_one=adds_one)
         ctx.save_for_backward(h, weight, rstd)
+        ctx.adds_one = adds_one
         return y.view(x.shape)
 
     @staticmethod
     @once_differentiable
     def backward(ctx, dy):
         h, weight, rstd = ctx.saved_tensors
-        needs_weight_grad = ctx.needs_input_grad[1]
-        dx, weight_grad = rms_norm_backward(
-            _as_rows(dy), h, weight, rstd, needs_weight_grad=needs_weight_grad
-        )
-        return dx.view(dy.shape), weight_grad, None
+        options = {"needs_weight_grad": ctx.needs_input_grad[1], "adds_one": ctx.adds_one}
+        dx, weight_grad = rms_norm_backward(_as_rows(dy), h, weight, rstd, **options)
+        return dx.view(dy.shape), weight_grad, None, None
 
 
 def _as_rows(x: torch.Tensor) -> torch.Tensor:
@@ -323,13 +345,16 @@ def _as_rows(x: torch.Tensor) -> torch.Tensor:
     return rows if has_dense_rows(rows) else rows.contiguous()
 
 
-def rms_norm(x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
+def rms_norm(
+    x: torch.Tensor, weight: torch.Tensor, eps: float, *, adds_one: bool = False
+) -> torch.Tensor:
     """RMSNorm over the last dimension, with gradients for `x` and `weight`, once differentiable.
 
     Args:
         x: float16, bfloat16, float32 or float64, shape (..., width).
         weight: any of these dtypes, shape (width,).
         eps: added to the mean square.
+        adds_one: 1 + weight takes the place of weight.
 
     Returns:
         x's shape and dtype, contiguous.
@@ -343,7 +368,7 @@ def rms_norm(x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
     """
     if x.dim() == 0:
         raise misfit("x has no rows to normalise", x, "shape (..., width)")
-    return _RMSNorm.apply(x, weight, eps)
+    return _RMSNorm.apply(x, weight, eps, adds_one)
 
 
 def compile_cases() -> list[CompileCase]:
@@ -351,12 +376,26 @@ def compile_cases() -> list[CompileCase]:
     cases = []
     for width, extra in itertools.product((128, 4096, 14336), (False, True)):
         name = f"{width}{' residual' if extra else ''}"
-        cases.append(_case(_forward_kernel, f"rms_norm_forward {name}", width, HAS_RESIDUAL=extra))
+        flags = {"HAS_RESIDUAL": extra, "IS_ADDED_AFTER": False, "ADDS_ONE": False}
+        cases.append(_case(_forward_kernel, f"rms_norm_forward {name}", width, **flags))
         for needs, writes in itertools.product((False, True), repeat=2):
-            flags = {"HAS_RESIDUAL_GRAD": extra, "NEEDS_WEIGHT_GRAD": needs}
+            flags = {"HAS_RESIDUAL_GRAD": extra, "NEEDS_WEIGHT_GRAD": needs, "ADDS_ONE": False}
             outputs = f"{' dweight' if needs else ''}{' normed' if writes else ''}"
             full_name = f"rms_norm_backward {name}{outputs}"
             cases.append(_case(_backward_kernel, full_name, width, **flags, WRITES_NORMED=writes))
+    return cases + _gemma_cases()
+
+
+def _gemma_cases() -> list[CompileCase]:
+    """1 + weight at the width of Gemma 3 4B, with and without each extra that its layers use."""
+    name, cases = "2560 one more", []
+    for extra in (False, True):
+        flags = {"HAS_RESIDUAL": False, "IS_ADDED_AFTER": extra}
+        full_name = f"rms_norm_forward {name}{' added' if extra else ''}"
+        cases.append(_case(_forward_kernel, full_name, 2560, **flags, ADDS_ONE=True))
+        flags = dict.fromkeys(("HAS_RESIDUAL_GRAD", "NEEDS_WEIGHT_GRAD", "WRITES_NORMED"), extra)
+        full_name = f"rms_norm_backward {name}{' residual dweight normed' if extra else ''}"
+        cases.append(_case(_backward_kernel, full_name, 2560, **flags, ADDS_ONE=True))
     return cases
 
 

@@ -14,15 +14,18 @@ def check_forward(
     x: torch.Tensor,
     weight: torch.Tensor,
     residual: torch.Tensor | None,
+    added: torch.Tensor | None,
     out: torch.Tensor | None,
     h_out: torch.Tensor | None,
 ) -> None:
     """Raise `UserError` unless the tensors of a forward pass fit."""
     _check_rows("x", x, weight)
-    _check_like("x", x, residual=residual, out=out, h_out=h_out)
+    _check_like("x", x, residual=residual, added=added, out=out, h_out=h_out)
     if h_out is not None and residual is None:
         problem = "h_out is given although there is no residual"
         raise UserError(problem, got="residual=None", allowed="h_out=None")
+    if added is not None and residual is not None:
+        raise UserError("added and residual are both given", allowed="one of them")
 
 
 def check_backward(
@@ -77,7 +80,9 @@ def _check_like(like: str, x: torch.Tensor, **others: torch.Tensor | None) -> No
 
 
 @torch.no_grad()
-def rms_norm_forward_reference(x, weight, eps, *, residual=None, out=None, h_out=None):
+def rms_norm_forward_reference(
+    x, weight, eps, *, residual=None, added=None, adds_one=False, out=None, h_out=None
+):
     """`rms_norm_forward` in torch."""
     y = new_like(x) if out is None else out
     h = x
@@ -87,18 +92,25 @@ def rms_norm_forward_reference(x, weight, eps, *, residual=None, out=None, h_out
     scratch = wide.square()
     rstd = scratch.mean(-1).add_(eps).rsqrt_().contiguous()
     torch.mul(wide, rstd[..., None], out=scratch)
-    torch.mul(scratch, weight.to(wide.dtype), out=y)
+    gain = weight.to(wide.dtype)
+    gain = gain + 1.0 if adds_one else gain
+    if added is None:
+        torch.mul(scratch, gain, out=y)
+    else:
+        y.copy_(scratch.mul_(gain).add_(added))
     return y, rstd, h
 
 
 @torch.no_grad()
 def rms_norm_backward_reference(
-    dy, h, weight, rstd, *, residual_grad=None, needs_weight_grad=False, out=None, normed=None
-):
+    dy, h, weight, rstd, *,
+    residual_grad=None, needs_weight_grad=False, adds_one=False, out=None, normed=None,
+):  # fmt: skip
     """`rms_norm_backward` in torch."""
     dx = new_like(h) if out is None else out
     dtype, scale = _inner_dtype(h), rstd[..., None]
     gain = weight.to(dtype)
+    gain = gain + 1.0 if adds_one else gain
     scaled = h.to(dtype) * scale
     if normed is not None:
         torch.mul(scaled, gain, out=normed)

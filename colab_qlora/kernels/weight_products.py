@@ -115,3 +115,13 @@ class Int8Products:
                 launch()
             self._held = number
         return tile
+
+
+def hide_from_products(beside: torch.Tensor) -> None:
+    """Zero columns beside a matrix that are not written yet, where a product may read them.
+
+    oneDNN's bfloat16 products for AMX (torch 2.13) read rows in steps of up to 32 columns and
+    multiply what is too much by zero, which gives nan where the memory happens to hold one.
+    """
+    if beside.device.type == "cpu" and beside.dtype == torch.bfloat16:
+        beside.zero_()

@@ -1,5 +1,8 @@
 """The attention half of a decoder layer: h1 = h0 + o_proj(attention(rope(qkv(norm(h0))))).
 
+Gemma 2 and 3 norm o_proj's output before it is added; that output is then kept under the name h1,
+and h1 is one pass away from it.
+
 Plain functions over tensors (tokens, features). Forward hands every tensor of the save-set to the
 store; backward takes what the store kept and rebuilds the rest in the order of dependence:
 n1 -> q, k, v -> o -> h1.
@@ -16,11 +19,11 @@ from colab_qlora.kernels.attention import (
 )
 from colab_qlora.kernels.copy_rows import copy_rows
 from colab_qlora.kernels.qkv_gradients import place_qkv_gradients
-from colab_qlora.kernels.rms_norm import rms_norm_backward, rms_norm_forward
 from colab_qlora.kernels.rope import rope_
 from colab_qlora.layers.gradients import Gradients
-from colab_qlora.layers.layer_parts import LayerParts, Norm, Pass
+from colab_qlora.layers.layer_parts import LayerParts, Pass
 from colab_qlora.layers.linear_group import LinearGroup
+from colab_qlora.layers.norm import norm_backward, normed
 from colab_qlora.layers.saved import SavedTensors
 from colab_qlora.layers.scratch import Wide, wide_of
 
@@ -34,7 +37,10 @@ def attention_half(
     q, k, v = _projected(h0, parts, run, saved, None)
     o = _attended(q, k, v, parts, run, saved)
     # the store is only written to on the way forward: to read it would bring back what it sent away
-    return _joined(h0, o, None, parts, run, saved)
+    h1 = _joined(h0, o, None, parts, run, saved)
+    if parts.branch_norms is None:
+        return h1
+    return normed(h1, parts.branch_norms[0], added=h0)[0]
 
 
 def rebuild_attention(parts: LayerParts, run: Pass, saved: SavedTensors) -> dict[str, torch.Tensor]:
@@ -51,6 +57,14 @@ def rebuild_attention(parts: LayerParts, run: Pass, saved: SavedTensors) -> dict
     return again.tensors
 
 
+def mlp_input(have: dict[str, torch.Tensor], parts: LayerParts) -> torch.Tensor:
+    """h1, from what `rebuild_attention` returned, which lets it go."""
+    if parts.branch_norms is None:
+        return have.pop("h1")
+    h1, have["rstd_branch"] = normed(have["h1"], parts.branch_norms[0], added=have["h0"])
+    return h1
+
+
 def attention_half_backward(
     dh1: Wide,
     have: dict[str, torch.Tensor],
@@ -64,7 +78,14 @@ def attention_half_backward(
 
     The parameters' gradients go into `gradients`.
     """
-    do = _through_o(dh1, have, parts, run, gradients)
+    d_branch = dh1
+    if parts.branch_norms is not None:
+        branch, rstd = have.pop("h1"), have.pop("rstd_branch")
+        d_branch = parts.o.wide("d_branch", branch.shape[0], branch.shape[1], branch)
+        norm = parts.branch_norms[0]
+        norm_backward(dh1.main, branch, norm, rstd, gradients, out=d_branch.main)
+        del branch
+    do = _through_o(d_branch, have, parts, run, gradients)
     tokens = dh1.main.shape[0]
     heads = (tokens, parts.q_heads, parts.head_dim)
     found = attention_backward(
@@ -79,15 +100,14 @@ def attention_half_backward(
     width = parts.qkv.out_features
     dy = wide_of(do.new_empty((tokens, width + parts.qkv.spare_columns(do.device))), width)
     d_heads = _heads(dy.main, parts)
-    cos, sin = (run.cos, run.sin) if parts.uses_rope else (None, None)
-    place_qkv_gradients(*found, cos, sin, *d_heads)
+    _place(found, d_heads, parts, run)
     del found  # as large as what it was placed into
     _through_head_norms(d_heads, have, parts, gradients)
     return _through_qkv(dy, dh1.main, have, parts, run, gradients, needs_dx=needs_dx)
 
 
 def _through_o(
-    dh1: Wide,
+    d_branch: Wide,
     have: dict[str, torch.Tensor],
     parts: LayerParts,
     run: Pass,
@@ -96,8 +116,8 @@ def _through_o(
     """Gradient of the attention's output."""
     group, call = parts.o, run.call("o")
     do = torch.empty_like(have["o"])
-    group.input_gradient(dh1, do, call)
-    found = group.parameter_gradients(dh1, have["o"], have["xa_o"], call, dx=do, lead=run.lead)
+    group.input_gradient(d_branch, do, call)
+    found = group.parameter_gradients(d_branch, have["o"], have["xa_o"], call, dx=do, lead=run.lead)
     gradients.add_all(group.trainable(), found)
     return do
 
@@ -124,22 +144,13 @@ def _through_qkv(
     if comes_late:
         rstd = have["rstd1"]
     else:
-        _, rstd, _ = rms_norm_forward(h0, norm.weight, norm.eps, out=x)
+        _, rstd = normed(h0, norm, out=x)
         _add_gradients(group, dy, x, have["xa_qkv"], run, dn, gradients)
     if dn is None:
         return None
     below = run.scratch.offer(dn, parts.down.spare_columns(dn.device))
-    _, dw = rms_norm_backward(
-        dn,
-        h0,
-        norm.weight,
-        rstd,
-        residual_grad=dh1,
-        needs_weight_grad=needs_weight,
-        out=below,
-        normed=x if comes_late else None,
-    )
-    gradients.add(norm.weight, dw)
+    again = x if comes_late else None
+    norm_backward(dn, h0, norm, rstd, gradients, residual_grad=dh1, out=below, written=again)
     if comes_late:
         _add_gradients(group, dy, x, have["xa_qkv"], run, dn, gradients)
     return below
@@ -168,16 +179,17 @@ def _projected(
     """norm -> one GEMM -> rotation, or some of q, k, v alone; head norms put the rotation off."""
     group = parts.qkv
     wide = group.wide("x", h0.shape[0], group.in_features, h0)
-    _, rstd, _ = rms_norm_forward(h0, parts.norm1.weight, parts.norm1.eps, out=wide.main)
+    _, rstd = normed(h0, parts.norm1, out=wide.main)
     saved.put("rstd1", rstd)
     y = h0.new_empty((h0.shape[0], group.out_features))
-    products = group.forward(wide, y, run.call("qkv"), only=only, lead=run.lead)
+    wanted = group.holding(only)
+    products = group.forward(wide, y, run.call("qkv"), only=wanted, lead=run.lead)
     saved.put("xa_qkv", products, is_scratch=True)
     heads = _heads(y, parts)
     computed = frozenset(range(3)) if only is None else only
     turning = [heads[index] for index in (0, 1) if index in computed]
-    if parts.q_norm is None and parts.uses_rope and turning:
-        rope_(turning[0], turning[1] if len(turning) == 2 else None, run.cos, run.sin)
+    if parts.q_norm is None and turning:
+        _turn_(turning[0], turning[1] if len(turning) == 2 else None, parts, run)
     for index, name in enumerate(("q", "k", "v")):
         if index in computed:
             saved.put(name, heads[index])
@@ -190,11 +202,30 @@ def _rotated(
     """q and k as the attention sees them; a copy where they are kept before a norm per head."""
     if parts.q_norm is None or parts.k_norm is None:
         return q, k
-    q, _, _ = rms_norm_forward(q, parts.q_norm.weight, parts.q_norm.eps)
-    k, _, _ = rms_norm_forward(k, parts.k_norm.weight, parts.k_norm.eps)
-    if parts.uses_rope:
-        rope_(q, k, run.cos, run.sin)
+    (q, _), (k, _) = normed(q, parts.q_norm), normed(k, parts.k_norm)
+    _turn_(q, k, parts, run)
     return q, k
+
+
+def _turn_(
+    q: torch.Tensor, k: torch.Tensor | None, parts: LayerParts, run: Pass, *, inverse: bool = False
+) -> None:
+    """Rotate the columns of heads that the tables have: in Phi-4-mini a part of each."""
+    if not parts.uses_rope:
+        return
+    turning = run.cos.shape[-1]
+    if turning < parts.head_dim:
+        q, k = q[..., :turning], None if k is None else k[..., :turning]
+    rope_(q, k, run.cos, run.sin, inverse=inverse)
+
+
+def _place(found: Heads, d_heads: Heads, parts: LayerParts, run: Pass) -> None:
+    """Gradients of q, k and v before the rotation, into the columns of one buffer."""
+    is_whole = run.cos.shape[-1] == parts.head_dim
+    cos, sin = (run.cos, run.sin) if parts.uses_rope and is_whole else (None, None)
+    place_qkv_gradients(*found, cos, sin, *d_heads)
+    if not is_whole:
+        _turn_(d_heads[0], d_heads[1], parts, run, inverse=True)
 
 
 def _through_head_norms(
@@ -207,18 +238,8 @@ def _through_head_norms(
         (d_heads[0], "q", parts.q_norm),
         (d_heads[1], "k", parts.k_norm),
     ):
-        _norm_backward_(gradient, have[name], norm, gradients)
-
-
-def _norm_backward_(
-    gradient: torch.Tensor, x: torch.Tensor, norm: Norm, gradients: Gradients
-) -> None:
-    _, rstd, _ = rms_norm_forward(x, norm.weight, norm.eps)
-    needs_weight = norm.weight.requires_grad
-    _, dw = rms_norm_backward(
-        gradient, x, norm.weight, rstd, needs_weight_grad=needs_weight, out=gradient
-    )
-    gradients.add(norm.weight, dw)
+        _, rstd = normed(have[name], norm)
+        norm_backward(gradient, have[name], norm, rstd, gradients, out=gradient)
 
 
 def _attended(
@@ -254,7 +275,8 @@ def _joined(
     only: frozenset[int] | None = frozenset()
     if h1 is None:
         h1, only = torch.empty_like(h0), None
-    products = parts.o.forward(wide, h1, run.call("o"), residual=h0, only=only, lead=run.lead)
+    beside = h0 if parts.branch_norms is None else None
+    products = parts.o.forward(wide, h1, run.call("o"), residual=beside, only=only, lead=run.lead)
     saved.put("xa_o", products, is_scratch=True)
     saved.put("h1", h1)
     return h1

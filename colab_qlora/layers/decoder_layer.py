@@ -18,6 +18,7 @@ from colab_qlora.layers.accumulation import float32_sums, no_autocast
 from colab_qlora.layers.attention_half import (
     attention_half,
     attention_half_backward,
+    mlp_input,
     rebuild_attention,
 )
 from colab_qlora.layers.gradients import Gradients
@@ -57,7 +58,7 @@ def layer_backward(
     with torch.no_grad(), no_autocast(dh2.main), float32_sums(dh2.main):
         have = rebuild_attention(parts, run, saved)
         # nothing after it needs h1
-        dh1 = mlp_half_backward(dh2, have.pop("h1"), parts, run, saved, gradients)
+        dh1 = mlp_half_backward(dh2, mlp_input(have, parts), parts, run, saved, gradients)
         dh0 = attention_half_backward(dh1, have, parts, run, gradients, needs_dx=needs_dx)
     return dh0, gradients
 

@@ -15,10 +15,11 @@ from colab_qlora.layers.scratch import Scratch
 
 @dataclass(frozen=True)
 class Norm:
-    """An RMSNorm: weight (width,) and the eps under its root."""
+    """An RMSNorm: weight (width,), the eps under its root, and whether it has 1 + weight."""
 
     weight: torch.nn.Parameter
     eps: float
+    adds_one: bool = False
 
 
 @dataclass(frozen=True)
@@ -28,10 +29,13 @@ class LayerParts:
     Attributes:
         qkv, o, gate_up, down: the four groups of linears that share an input.
         norm1, norm2: before the attention and before the MLP.
-        q_norm, k_norm: per-head norms between projection and rotation (Qwen3), else None.
+        q_norm, k_norm: per-head norms between projection and rotation (Qwen3, Gemma 3), else None.
+        branch_norms: of what the attention half and the MLP half add to the residual stream
+            (Gemma 2 and 3), else None.
         activation: of the gated MLP, a name of `kernels.swiglu`.
         uses_rope: False in layers without positions (some of SmolLM3's).
         window: reach of sliding-window attention in tokens, or None.
+        score_cap: attention scores s become cap tanh(s / cap) (Gemma 2), or None.
     """
 
     qkv: LinearGroup
@@ -46,14 +50,17 @@ class LayerParts:
     activation: str
     q_norm: Norm | None = None
     k_norm: Norm | None = None
+    branch_norms: tuple[Norm, Norm] | None = None
     uses_rope: bool = True
     window: int | None = None
+    score_cap: float | None = None
 
     def groups(self) -> tuple[LinearGroup, ...]:
         return self.qkv, self.o, self.gate_up, self.down
 
     def norms(self) -> list[Norm]:
-        return [n for n in (self.norm1, self.norm2, self.q_norm, self.k_norm) if n is not None]
+        found = (self.norm1, self.norm2, self.q_norm, self.k_norm, *(self.branch_norms or ()))
+        return [norm for norm in found if norm is not None]
 
     def trainable(self) -> list[torch.nn.Parameter]:
         """All parameters that a gradient is returned for, in a fixed order, each once."""
@@ -72,9 +79,10 @@ class LayerParts:
         """True if each linear of the MLP has one adapter, which learns, and nothing draws."""
         groups = (self.gate_up, self.down)
         blocks = [entry for group in groups for entry in group.blocks]
+        one_each = [index for group in groups for index in range(len(group.parts))]
         return (
             not self.draws_in_mlp
-            and [index for index, _, _ in blocks] == [0, 1, 0]
+            and [index for index, _, _ in blocks] == one_each
             and all(b.a.requires_grad and b.b.requires_grad for _, _, b in blocks)
         )
 

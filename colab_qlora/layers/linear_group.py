@@ -25,6 +25,7 @@ from typing import Any
 
 import torch
 
+from colab_qlora.kernels.weight_products import hide_from_products
 from colab_qlora.layers.decode import GroupDecoder
 from colab_qlora.layers.gemm import accumulate, multiply_into, parameter_gradient
 from colab_qlora.layers.gradients import Gradients
@@ -90,6 +91,10 @@ class LinearGroup:
         """Columns beside the input or the output gradient that the rank-r products need."""
         padding = PADDING.get(device.type, 1)
         return -(-self.rank // padding) * padding
+
+    def holding(self, outputs: frozenset[int] | None) -> frozenset[int] | None:
+        """The parts that compute these outputs: the only one, where there is one for all."""
+        return frozenset({0}) if outputs and len(self.parts) == 1 else outputs
 
     def wide(self, slot: str, tokens: int, width: int, like: torch.Tensor) -> Wide:
         """A scratch buffer (tokens, width + spare columns) in the dtype of `like`."""
@@ -266,6 +271,7 @@ class LinearGroup:
         if span is None:
             span = Span((), 0, 0)  # no weight, but its border holds A all the same
         weight = self._decoder.decoded(span, x, spare.shape[1], is_backward=False)
+        hide_from_products(spare)
         torch.mm(x, weight.a_transposed, out=spare)
         for _, column, block in self.blocks:
             if not block.dropout:

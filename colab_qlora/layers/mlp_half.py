@@ -6,6 +6,10 @@ columns, and in the backward pass their gradients take their own places, so that
 buffer. down_proj is never computed again: no gradient needs its output. Both directions work on
 chunks of tokens if the pass asks for it, which bounds the memory that lives inside the half; every
 chunk decodes the weights again unless they still stand in their scratch slot.
+
+Gemma 2 and 3 norm down_proj's output before it is added. The gradient of that norm needs its input,
+which is always kept: it would take as many FLOPs a byte to compute again as down_proj has inputs,
+3 to 8 times those of every other linear.
 """
 
 from __future__ import annotations
@@ -15,11 +19,11 @@ import math
 import torch
 
 from colab_qlora.kernels.glu_lora import can_fuse_glu_lora, glu_lora_backward
-from colab_qlora.kernels.rms_norm import rms_norm_backward, rms_norm_forward
 from colab_qlora.kernels.swiglu import glu_backward, glu_forward
 from colab_qlora.layers.gradients import Gradients
 from colab_qlora.layers.layer_parts import LayerParts, Pass, token_chunks
 from colab_qlora.layers.linear_group import GroupCall
+from colab_qlora.layers.norm import norm_backward, normed
 from colab_qlora.layers.saved import SavedTensors
 from colab_qlora.layers.scratch import Wide, wide_of
 
@@ -29,7 +33,18 @@ Known = dict[tuple[int, str], torch.Tensor]
 
 def mlp_half(h1: torch.Tensor, parts: LayerParts, run: Pass, saved: SavedTensors) -> torch.Tensor:
     """Return h2 (tokens, width)."""
+    h2 = _through(h1, parts, run, saved)
+    if parts.branch_norms is None:
+        return h2
+    # in a function of its own: the buffers of the half are gone when h2 is made
+    saved.put("down", h2)
+    return normed(h2, parts.branch_norms[1], added=h1)[0]
+
+
+def _through(h1: torch.Tensor, parts: LayerParts, run: Pass, saved: SavedTensors) -> torch.Tensor:
+    """h2, or of a layer that norms its branches down_proj's output."""
     h2, pieces = torch.empty_like(h1), _Pieces(saved.plan, h1.shape[0])
+    is_normed = parts.branch_norms is not None
     kept = None
     if saved.plan >= {"gate", "up"}:
         kept = h1.new_empty((h1.shape[0], _buffer_width(parts, h1)))
@@ -47,7 +62,7 @@ def mlp_half(h1: torch.Tensor, parts: LayerParts, run: Pass, saved: SavedTensors
             m_wide,
             _part(h2, rows),
             _call(run, "down", rows),
-            residual=_part(h1, rows),
+            residual=None if is_normed else _part(h1, rows),
             lead=_lead(run, rows),
         )
         pieces.put("xa_down", rows, products)
@@ -98,23 +113,30 @@ def _chunk_backward(
         wide = parts.gate_up.wide("x", some.shape[0], some.shape[1], some)
     buffer, products = _restored(rows, wide, parts, run, saved)
     dy = dh2 if some is h1 else wide_of(dh2.whole[rows], h1.shape[1])
-    known = _through_down(dy, rows, buffer, products, parts, run, saved, gradients)
+    d_branch = _through_branch_norm(dy, rows, parts, saved, gradients)
+    known = _through_down(d_branch, rows, buffer, products, parts, run, saved, gradients)
     d_buffer, dn = _through_gate_up(rows, wide, buffer, parts, run)
     if not comes_late:
         _add_gradients(rows, d_buffer, wide.main, products, known, parts, run, gradients, dn)
-    _, dw = rms_norm_backward(
-        dn,
-        some,
-        norm.weight,
-        rstd,
-        residual_grad=dy.main,
-        needs_weight_grad=norm.weight.requires_grad,
-        out=_part(dh1, rows),
-        normed=wide.main if comes_late else None,
-    )
-    gradients.add(norm.weight, dw)
+    again, out = wide.main if comes_late else None, _part(dh1, rows)
+    norm_backward(dn, some, norm, rstd, gradients, residual_grad=dy.main, out=out, written=again)
     if comes_late:
         _add_gradients(rows, d_buffer, wide.main, products, known, parts, run, gradients, dn)
+
+
+def _through_branch_norm(
+    dy: Wide, rows: slice, parts: LayerParts, saved: SavedTensors, gradients: Gradients
+) -> Wide:
+    """Gradient of down_proj's output, with room for its products."""
+    if parts.branch_norms is None:
+        return dy
+    norm, branch = parts.branch_norms[1], saved.get("down")
+    assert branch is not None
+    branch = _part(branch, rows)
+    wide = parts.down.wide("d_branch", branch.shape[0], branch.shape[1], branch)
+    _, rstd = normed(branch, norm, out=wide.main)
+    norm_backward(dy.main, branch, norm, rstd, gradients, out=wide.main)
+    return wide
 
 
 def _kept_rstd(parts: LayerParts, saved: SavedTensors, rows: slice) -> torch.Tensor | None:
@@ -130,7 +152,7 @@ def _kept_rstd(parts: LayerParts, saved: SavedTensors, rows: slice) -> torch.Ten
 def _normed(h1: torch.Tensor, parts: LayerParts, run: Pass) -> tuple[Wide, torch.Tensor]:
     """norm(h1) in a scratch buffer with spare columns, and 1 / rms."""
     wide = parts.gate_up.wide("x", h1.shape[0], h1.shape[1], h1)
-    _, rstd, _ = rms_norm_forward(h1, parts.norm2.weight, parts.norm2.eps, out=wide.main)
+    _, rstd = normed(h1, parts.norm2, out=wide.main)
     return wide, rstd
 
 
@@ -144,7 +166,8 @@ def _gate_up(
 ) -> torch.Tensor:
     group = parts.gate_up
     out = buffer[:, : group.out_features]
-    return group.forward(wide, out, _call(run, "gate_up", rows), only=only, lead=_lead(run, rows))
+    only, call = group.holding(only), _call(run, "gate_up", rows)
+    return group.forward(wide, out, call, only=only, lead=_lead(run, rows))
 
 
 def _activated(buffer: torch.Tensor, parts: LayerParts, *, is_free: bool) -> Wide:
@@ -174,11 +197,12 @@ def _restored(
         return _part(whole, rows), products
     buffer = _new_buffer(wide.main, parts)
     missing = frozenset(i for i, tensor in enumerate(kept) if tensor is None)
+    if missing:
+        products = _gate_up(wide, buffer, missing, parts, run, rows)
+    # after the product, which is of both where they are one linear
     for half, tensor in zip(_halves(buffer, parts), kept, strict=True):
         if tensor is not None:
             half.copy_(tensor[rows])
-    if missing:
-        products = _gate_up(wide, buffer, missing, parts, run, rows)
     return buffer, products
 
 
@@ -217,7 +241,10 @@ def _through_down(
         )
         assert d_a is not None and d_gate_b is not None and d_up_b is not None
         of_down = {(0, "a"): d_a}
-        known = {(0, "b"): d_gate_b, (xg.shape[1], "b"): d_up_b}
+        if len(parts.gate_up.parts) == 1:
+            known = {(0, "b"): torch.cat((d_gate_b, d_up_b))}
+        else:
+            known = {(0, "b"): d_gate_b, (xg.shape[1], "b"): d_up_b}
         found = group.parameter_gradients(dy, dm, products, call, known=of_down)
     else:
         glu_backward(dm, gate, up, activation=parts.activation, d_gate=gate, d_up=up, m=dm)
@@ -232,11 +259,16 @@ def _factors(
     gate_up_products: torch.Tensor | None,
     parts: LayerParts,
 ) -> tuple[torch.Tensor, ...]:
-    """dY sB of down_proj, X sA^T of gate and of up; empty if there are not just these three."""
+    """dY sB of down_proj, X sA^T of gate and of up; empty if there are not just these three.
+
+    Where gate and up are one linear, they have one adapter, and its product is that of both.
+    """
     if products is None or gate_up_products is None or not parts.mlp_is_plain:
         return ()
     rank = parts.gate_up.blocks[0][2].rank
     ds = dy.spare[:, : parts.down.rank]
+    if len(parts.gate_up.parts) == 1:
+        return ds, gate_up_products, gate_up_products
     return ds, gate_up_products[:, :rank], gate_up_products[:, rank : parts.gate_up.rank]
 
 

@@ -13,6 +13,10 @@ each can be left out and rebuilt from the others. Bytes a token for Llama-3-8B i
 
 94,568 bytes together. The norms' outputs, the MLP's activation and down_proj's output are never
 kept: the first two are computed again on the way of another pass, and nothing needs the last.
+
+A layer that norms what its halves add (Gemma 2 and 3) needs the inputs of these norms. So there h1
+is the attention half's output before its norm, from which the input of the MLP half is one pass
+away; and down_proj's output is kept beside the layer's input, always, as "down".
 """
 
 from __future__ import annotations
@@ -41,6 +45,8 @@ ALL_NAMES = (
     "xa_down",
 )
 KEEP_ALL = frozenset(ALL_NAMES)
+# beside the input of a layer that norms its branches; others never have it
+BRANCH = "down"
 # beside the input the products of down_proj: of an 8B, 32 bytes a token that it would take a pass
 # over 28,672 bytes a token to have again
 KEEP_INPUT = frozenset({"h0", "xa_down"})
@@ -54,7 +60,7 @@ def checked_plan(names: Iterable[str]) -> frozenset[str]:
         UserError: a name that a layer does not have.
     """
     plan = frozenset(names)
-    unknown = plan - KEEP_ALL
+    unknown = plan - KEEP_ALL - {BRANCH}
     if unknown:
         raise UserError(
             "unknown tensor in the plan of what a layer keeps",

@@ -14,9 +14,11 @@ from typing import Any
 from colab_qlora.activations.memory_plan import check_budgets
 from colab_qlora.errors import UserError
 from colab_qlora.models.fuse import fuse, fused_layers
+from colab_qlora.models.loftq import start_from_quantisation_error, takes_loftq_later
 from colab_qlora.models.quiet_import import without_rename_warnings
 from colab_qlora.models.settings import ATTRIBUTE, CHECKPOINTING_MODES, ModelSettings, settings_of
-from colab_qlora.models.smart import plan_batches, stop_planning
+from colab_qlora.models.smart import plan_batches, print_line, stop_planning
+from colab_qlora.models.target_names import is_present, targets_of_model
 from colab_qlora.quantization.instance_methods import set_adapter_methods
 
 DEFAULT_TARGETS = (
@@ -53,6 +55,9 @@ def attach_lora(
     targets = _check_targets(model, target_modules)
     _check_names(lora_options)
     _check_saved_modules(model, lora_options.get("modules_to_save"))
+    later = takes_loftq_later(model, lora_options)
+    if later:
+        lora_options = {**lora_options, "init_lora_weights": True, "loftq_config": {}}
     config = LoraConfig(
         r=r,
         lora_alpha=lora_alpha,  # type: ignore[arg-type]  # PEFT takes fractions too
@@ -64,6 +69,8 @@ def attach_lora(
     )
     _check_dora(model, config)
     adapted = _with_adapters(model, config, random_state)
+    if later:
+        start_from_quantisation_error(adapted)
     set_adapter_methods(adapted)
     if use_fused_layers:
         fuse(adapted)
@@ -131,7 +138,11 @@ def _check_targets(model: Any, wanted: Sequence[str] | str | None) -> list[str] 
         if wanted == "all-linear" or any(re.fullmatch(wanted, name) for name in present):
             return wanted
         wanted = [wanted]
-    missing = [name for name in wanted if not _matches(name, present)]
+    wanted, beyond = targets_of_model(wanted, present)
+    for own, names in beyond.items():
+        asked = ", ".join(names)
+        print_line(f"the adapter for {asked} is for more: this model has one linear, {own}")
+    missing = [name for name in wanted if not is_present(name, present)]
     if missing or not wanted:
         short = sorted({name.rsplit(".", 1)[-1] for name in present})
         raise UserError(
@@ -165,10 +176,6 @@ def _check_dora(model: Any, config: Any) -> None:
             got="use_dora=True over a model with int8 weights",
             do='Load the model with quantization="nf4", or leave use_dora out',
         )
-
-
-def _matches(name: str, present: Iterable[str]) -> bool:
-    return any(full == name or full.endswith("." + name) for full in present)
 
 
 def linear_names(model: Any) -> list[str]:

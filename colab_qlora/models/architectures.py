@@ -1,9 +1,7 @@
-"""Which decoder layers can be fused, and how their parts are read from the model's own modules.
+"""Whether a decoder layer can be fused, and how its parts are read from the model's own modules.
 
-The families differ little: Llama (2, 3, 3.1, 3.2), Mistral, Qwen2 and 2.5 (biases on q, k, v),
-Qwen3 (a norm on every head of q and k), SmolLM2 (a Llama) and SmolLM3 (layers without positions).
-Adapters may be switched between any two passes: what was read holds while
-`watch_layer` finds nothing changed.
+What differs between the families stands in `decoder_families.py`. Adapters may be switched between
+any two passes: what was read holds while `watch_layer` finds nothing changed.
 """
 
 from __future__ import annotations
@@ -11,49 +9,37 @@ from __future__ import annotations
 import functools
 from typing import Any
 
+import torch
+
 from colab_qlora.kernels.swiglu import activation_name
 from colab_qlora.layers.layer_parts import LayerParts, Norm
 from colab_qlora.layers.linear import LinearPart, read_linear, watch_linear
 from colab_qlora.layers.linear_group import PADDING, LinearGroup
 from colab_qlora.layers.scratch import Scratch
 from colab_qlora.layers.watch import Watch
-from colab_qlora.models.fused_norm import RMS_NORMS
+from colab_qlora.models.decoder_families import DECODER_LAYERS, Family, family_of, known_family
+from colab_qlora.models.fused_norm import RMS_NORMS, norm_formula
 
-# class name of the decoder layer -> the module of transformers that it must come from: a class of
-# the same name elsewhere may compute something else
-DECODER_LAYERS = {
-    "LlamaDecoderLayer": "llama",
-    "MistralDecoderLayer": "mistral",
-    "Qwen2DecoderLayer": "qwen2",
-    "Qwen3DecoderLayer": "qwen3",
-    "SmolLM3DecoderLayer": "smollm3",
-}
-_CHILDREN = ("self_attn", "mlp", "input_layernorm", "post_attention_layernorm")
-# the four groups of linears that share an input, and whose children they are
-_LINEARS = {
-    "qkv": ("self_attn", ("q_proj", "k_proj", "v_proj")),
-    "o": ("self_attn", ("o_proj",)),
-    "gate_up": ("mlp", ("gate_proj", "up_proj")),
-    "down": ("mlp", ("down_proj",)),
-}
 _CAPTURING = "transformers.utils.output_capturing"
+_HEAD_NORMS = ("q_norm", "k_norm")
 
 
 def why_not_fusable(layer: Any) -> str:
     """Why a decoder layer cannot be fused at all; empty if it can."""
-    kind = type(layer)
-    family = DECODER_LAYERS.get(kind.__name__)
-    home = f"transformers.models.{family}.modeling_{family}"
-    if family is None or kind.__module__ != home:
-        return f"{kind.__name__} is none of {', '.join(DECODER_LAYERS)}"
+    family = family_of(layer)
+    if family is None:
+        return f"{type(layer).__name__} is none of {', '.join(DECODER_LAYERS)}"
     if "forward" in layer.__dict__:
         return "its forward is replaced (a model spread over devices has such hooks)"
     config = layer.self_attn.config
-    if activation_name(getattr(config, "hidden_act", "")) is None:
-        return f"its activation is {getattr(config, 'hidden_act', None)!r}"
+    hidden_act = getattr(config, family.activation[1], None)
+    if activation_name(hidden_act or "") is None:
+        return f"its activation is {hidden_act!r}"
     if getattr(config, "pretraining_tp", 1) != 1:
         return "pretraining_tp is not 1"
-    norms = {type(getattr(layer, name)).__name__ for name in _CHILDREN[2:]}
+    if not getattr(layer.self_attn, "is_causal", True):
+        return "its attention looks both ways"
+    norms = {type(getattr(layer, name)).__name__ for name in family.all_norms}
     if any(not name.endswith("RMSNorm") for name in norms):
         return f"its norm is a {', '.join(sorted(norms))}"
     return ""
@@ -61,10 +47,10 @@ def why_not_fusable(layer: Any) -> str:
 
 def why_stock_now(layer: Any) -> str:
     """Why this pass has to take the model's own code; empty if the fused layer can run."""
-    attention = layer.self_attn
+    attention, family = layer.self_attn, known_family(layer)
     if layer.training and attention.attention_dropout:
         return f"attention dropout is {attention.attention_dropout}"
-    for name in _CHILDREN:
+    for name in family.children:
         child = getattr(layer, name)
         if "forward" in child.__dict__:
             return f"{name}.forward is replaced"
@@ -72,41 +58,58 @@ def why_stock_now(layer: Any) -> str:
         watched += [*child._backward_hooks.values(), *child._backward_pre_hooks.values()]
         if any(getattr(hook, "__module__", "") != _CAPTURING for hook in watched):
             return f"{name} has hooks"
-    norms = [layer.input_layernorm, layer.post_attention_layernorm]
-    norms += [m for m in (getattr(attention, n, None) for n in ("q_norm", "k_norm")) if m]
-    if any(type(norm).__name__ not in RMS_NORMS for norm in norms):
+    if any(type(norm).__name__ not in RMS_NORMS for norm in _norms_of(layer, family)):
         return "a norm was replaced"
-    activation: Any = layer.mlp.act_fn
-    if type(activation) is not _activation_class(attention.config.hidden_act):
+    activation: Any = getattr(layer.mlp, family.activation[0])
+    if type(activation) is not _activation_class(_hidden_act(layer, family)):
         return "the activation was replaced"
     if activation._forward_hooks or activation._forward_pre_hooks:
         return "the activation has hooks"
+    for name in family.dropouts:
+        dropout = getattr(layer, name)
+        if type(dropout) is not torch.nn.Dropout or (dropout.training and dropout.p):
+            return f"{name} drops a share of what is added"
     return ""
 
 
 def watch_layer(layer: Any) -> Watch:
     """Watch everything that `why_stock_now` and `read_layer` follow from."""
-    watch = Watch()
+    watch, family = Watch(), known_family(layer)
     attention, mlp = layer.self_attn, layer.mlp
     inside = layer.__dict__["_modules"]
     watch.attribute(layer, "training")
     watch.attribute(attention, "attention_dropout", "use_rope", "sliding_window", "config")
-    watch.attribute(attention.config, "hidden_act", "sliding_window")
-    for name in _CHILDREN:
+    watch.attribute(attention.config, family.activation[1], "sliding_window")
+    if family.caps_scores:
+        watch.attribute(attention, "attn_logit_softcapping")
+    for name in family.children:
         watch.module(watch.item(inside, name))
-    watch.module(watch.item(mlp.__dict__["_modules"], "act_fn"))
-    norms = [layer.input_layernorm, layer.post_attention_layernorm]
-    for name in ("q_norm", "k_norm"):
+    for name in family.dropouts:
+        watch.attribute(inside[name], "training", "p")
+    watch.module(watch.item(mlp.__dict__["_modules"], family.activation[0]))
+    norms = [getattr(layer, name) for name in family.all_norms]
+    for name in _HEAD_NORMS:
         norm = watch.item(attention.__dict__["_modules"], name)
         norms += [] if norm is None else [norm]
     for norm in norms:
         watch.module(norm)
         watch.parameters(norm)
-        watch.attribute(norm, "variance_epsilon")
-    for owner, names in _LINEARS.values():
+        watch.attribute(norm, "variance_epsilon", "eps")
+    for owner, names in family.linears.values():
         for name in names:
             watch_linear(watch.item(inside[owner].__dict__["_modules"], name), watch)
     return watch
+
+
+def _norms_of(layer: Any, family: Family) -> list[Any]:
+    """The norms of the layer and of its heads."""
+    found = [getattr(layer, name) for name in family.all_norms]
+    return found + [m for n in _HEAD_NORMS if (m := getattr(layer.self_attn, n, None)) is not None]
+
+
+def _hidden_act(layer: Any, family: Family) -> str:
+    found: str = getattr(layer.self_attn.config, family.activation[1])
+    return found
 
 
 @functools.cache
@@ -120,7 +123,7 @@ def layer_linears(layer: Any) -> dict[str, list[LinearPart]]:
     """The layer's linears in the four groups that share an input."""
     return {
         group: [read_linear(name, getattr(getattr(layer, owner), name)) for name in names]
-        for group, (owner, names) in _LINEARS.items()
+        for group, (owner, names) in known_family(layer).linears.items()
     }
 
 
@@ -141,7 +144,7 @@ def read_layer(
         holds_gate_up: give gate and up a buffer of their own, so that the backward pass decodes
             them once for both of their uses.
     """
-    attention, config = layer.self_attn, layer.self_attn.config
+    attention, family = layer.self_attn, known_family(layer)
     found = layer_linears(layer)
     groups = {
         name: LinearGroup(
@@ -152,33 +155,39 @@ def read_layer(
         )
         for name, linears in found.items()
     }
-    heads = attention.head_dim
-    q_norm, k_norm = (getattr(attention, name, None) for name in ("q_norm", "k_norm"))
-    activation = activation_name(config.hidden_act)
+    head_dim = attention.head_dim
+    q_heads = groups["o"].in_features // head_dim
+    q_norm, k_norm = (getattr(attention, name, None) for name in _HEAD_NORMS)
+    activation = activation_name(_hidden_act(layer, family))
     assert activation is not None
+    norm1, norm2 = (_norm(getattr(layer, name)) for name in family.norms)
+    branch_norms = [_norm(getattr(layer, name)) for name in family.branch_norms or ()]
     return LayerParts(
         **groups,
-        norm1=_norm(layer.input_layernorm),
-        norm2=_norm(layer.post_attention_layernorm),
-        q_heads=found["qkv"][0].out_features // heads,
-        kv_heads=found["qkv"][1].out_features // heads,
-        head_dim=heads,
+        norm1=norm1,
+        norm2=norm2,
+        q_heads=q_heads,
+        kv_heads=(groups["qkv"].out_features // head_dim - q_heads) // 2,
+        head_dim=head_dim,
         activation=activation,
         q_norm=None if q_norm is None else _norm(q_norm),
         k_norm=None if k_norm is None else _norm(k_norm),
+        branch_norms=(branch_norms[0], branch_norms[1]) if branch_norms else None,
         uses_rope=bool(getattr(attention, "use_rope", True)),
         window=attention_window(attention),
+        score_cap=attention.attn_logit_softcapping if family.caps_scores else None,
     )
 
 
 def _norm(module: Any) -> Norm:
-    return Norm(module.weight, module.variance_epsilon)
+    eps_name, adds_one = norm_formula(module)
+    return Norm(module.weight, getattr(module, eps_name), adds_one)
 
 
 def attention_window(attention: Any) -> int | None:
     """Reach of sliding-window attention in tokens, or None."""
     if hasattr(attention, "sliding_window"):
         return attention.sliding_window
-    if type(attention).__name__ == "MistralAttention":
+    if type(attention).__name__ in ("MistralAttention", "Phi3Attention"):
         return getattr(attention.config, "sliding_window", None)
     return None

@@ -7,6 +7,7 @@ from typing import Any
 import torch
 
 from colab_qlora.errors import UserError
+from colab_qlora.models.adapter_precision import adapters_in_float32_
 from colab_qlora.models.documents import Documents, stand_in
 from colab_qlora.models.fused_state import fused_state
 from colab_qlora.models.key_value_cache import cache_in
@@ -30,6 +31,9 @@ def prepare_batch(
     state.new_batch()
     learns = trunk.training and torch.is_grad_enabled()
     if learns:
+        if adapters_in_float32_(trunk):
+            line = "the adapters are in float32 again: a trainer had cast them to 16 bits"
+            print(f"colab_qlora: {line}", flush=True)
         _check_length(trunk, args, kwargs)
         if kwargs.get("use_cache") is None:
             # a config that says use_cache=True would have every training step fill a cache
@@ -106,8 +110,8 @@ def _position_limit(config: Any) -> int | None:
     """Positions that the model was made or stretched for, in tokens."""
     limit = getattr(config, "max_position_embeddings", None)
     rope = getattr(config, "rope_parameters", None) or getattr(config, "rope_scaling", None) or {}
-    # in llama3's form the limit of the config is the stretched one
-    if limit is None or rope.get("rope_type", "default") in ("default", "llama3"):
+    # in llama3's form and in longrope's the limit of the config is the stretched one
+    if limit is None or rope.get("rope_type", "default") in ("default", "llama3", "longrope"):
         return limit
     return int(limit * max(1.0, float(rope.get("factor") or 1.0)))
 

@@ -29,6 +29,7 @@ _PLAIN = ("Llama", "Mistral", "Qwen2", "Qwen3", "SmolLM3", "Phi3", "Gemma", "Olm
 _LOGITS: dict[str, Any] = {
     **{f"{name}ForCausalLM": lambda config: (1.0, None) for name in _PLAIN},
     "Gemma2ForCausalLM": lambda config: (1.0, config.final_logit_softcapping),
+    "Gemma3ForCausalLM": lambda config: (1.0, config.final_logit_softcapping),
     "GraniteForCausalLM": lambda config: (1.0 / config.logits_scaling, None),
     "CohereForCausalLM": lambda config: (config.logit_scale, None),
 }
@@ -103,6 +104,23 @@ def _forward(self: Any, *args: Any, **kwargs: Any) -> Any:
         attentions=outputs.attentions,
     )
     return result.to_tuple() if return_dict is False else result
+
+
+def logits_from(causal: Any, hidden: torch.Tensor) -> torch.Tensor:
+    """The logits of a model with a fused head, as its own forward computes them.
+
+    Args:
+        causal: the causal language model.
+        hidden: (batch, length, width), the decoder's last hidden states.
+
+    Returns:
+        (batch, length, vocabulary), in the head's dtype.
+    """
+    scale, softcap = _LOGITS[type(causal).__name__](causal.config)
+    logits: torch.Tensor = causal.lm_head(hidden)
+    if scale != 1.0:
+        logits = logits * scale
+    return logits if softcap is None else torch.tanh(logits / softcap) * softcap
 
 
 def _head_parts(

@@ -42,7 +42,6 @@ def _forward(
     attention_mask: torch.Tensor | None = None,
     position_ids: torch.Tensor | None = None,
     *,
-    use_cache: bool | None = False,
     position_embeddings: tuple[torch.Tensor, torch.Tensor] | None = None,
     **kwargs: Any,
 ) -> torch.Tensor:
@@ -62,16 +61,15 @@ def _forward(
             hidden_states,
             attention_mask=attention_mask,
             position_ids=position_ids,
-            use_cache=use_cache,
             position_embeddings=position_embeddings,
             **kwargs,
         )
     assert position_embeddings is not None
     lead = tuple(hidden_states.shape[:-1])
     heads = (parts.q_heads, parts.kv_heads, parts.head_dim)
-    scale, window = float(self.self_attn.scaling), parts.window
+    scale, reach = float(self.self_attn.scaling), (parts.window, parts.score_cap)
     cos, sin = state.tables(position_embeddings)
-    shape = state.attention_shape(lead, heads, scale, attention_mask, window)
+    shape = state.attention_shape(lead, heads, scale, attention_mask, *reach)
     kind = hidden_states.device.type
     autocast = (torch.is_autocast_enabled(kind), torch.get_autocast_dtype(kind))
     chunks = state.mlp_chunks(parts, choice, shape.tokens)

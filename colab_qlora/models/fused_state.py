@@ -11,7 +11,7 @@ import torch
 from colab_qlora.activations.runtime import ActivationRuntime, BatchKind
 from colab_qlora.kernels.attention import AttentionShape
 from colab_qlora.layers.layer_parts import LayerParts, MlpChunks
-from colab_qlora.layers.saved import KEEP_ALL, KEEP_INPUT, SavedTensors
+from colab_qlora.layers.saved import BRANCH, KEEP_ALL, KEEP_INPUT, SavedTensors
 from colab_qlora.layers.scratch import Scratch
 from colab_qlora.models.architectures import (
     largest_linear_bytes,
@@ -19,6 +19,7 @@ from colab_qlora.models.architectures import (
     watch_layer,
     why_stock_now,
 )
+from colab_qlora.models.decoder_families import known_family
 from colab_qlora.models.documents import documents_of, is_stand_in
 
 ATTRIBUTE = "colab_qlora_fused"
@@ -26,6 +27,9 @@ LAYER_NUMBER = "colab_qlora_layer_number"
 
 # a GEMM over fewer tokens leaves a large GPU waiting for the weight to be decoded once more
 LEAST_CHUNK_TOKENS = 2048
+
+# kinds of layers in a model: a few; more shapes than that are of other batches
+MOST_SHAPES = 8
 
 
 @dataclass(frozen=True)
@@ -79,15 +83,14 @@ class FusedState:
     holds_gate_up: bool = False
     logits_budget_bytes: int | None = None
     stock_passes: dict[str, int] = field(default_factory=dict)
-    _shape_key: Any = None
     last_shape: AttentionShape | None = None
-    _mask: torch.Tensor | None = None
+    _shapes: dict[Any, tuple[Any, AttentionShape]] = field(default_factory=dict)
     _tables: Any = (None, None)
     _readings: Any = field(default_factory=weakref.WeakKeyDictionary)
 
     def __getstate__(self) -> dict[str, Any]:
         """The settings; not what belongs to the present batch, or was read of the present model."""
-        names = ("last_shape", "_shape_key", "_mask", "_tables", "_readings")
+        names = ("last_shape", "_shapes", "_tables", "_readings")
         return {name: value for name, value in vars(self).items() if name not in names}
 
     def __setstate__(self, settings: dict[str, Any]) -> None:
@@ -101,6 +104,8 @@ class FusedState:
         runtime, learns = self.runtime, torch.is_grad_enabled()
         if runtime is None or self.plan is not None or number is None or not learns:
             plan = self.plan_for(layer)
+            if known_family(layer).branch_norms is not None:
+                plan |= {BRANCH}
             return LayerChoice(plan, self.mlp_tokens, self.max_weight_bytes, self.holds_gate_up)
         if runtime.current is None:
             runtime.plan_of(_kind_of(layer, hidden, mask))
@@ -177,13 +182,19 @@ class FusedState:
         scale: float,
         mask: torch.Tensor | None,
         window: int | None,
+        cap: float | None = None,
     ) -> AttentionShape:
-        """The shape of this batch; one object for all layers of a pass, which share its masks."""
-        key = (lead, heads, scale, window)
-        if self.last_shape is None or self._shape_key != key or self._mask is not mask:
-            self.last_shape = self._new_shape(lead, heads, scale, mask, window)
-            self._shape_key, self._mask = key, mask
-        return self.last_shape
+        """The shape of this batch; one object for all layers of a kind, which share its masks."""
+        key = (lead, heads, scale, window, cap, id(mask))
+        found = self._shapes.get(key)
+        if found is None:
+            if len(self._shapes) >= MOST_SHAPES:
+                self._shapes.clear()
+            # with the mask, so that no other one gets its id
+            found = mask, self._new_shape(lead, heads, scale, mask, window, cap)
+            self._shapes[key] = found
+        self.last_shape = found[1]
+        return found[1]
 
     def forget(self) -> None:
         """Let go of all that was read of the model, so that a replaced weight is freed at once."""
@@ -192,7 +203,8 @@ class FusedState:
 
     def new_batch(self) -> None:
         """Let the last batch's shape and masks go."""
-        self.last_shape, self._shape_key, self._mask = None, None, None
+        self.last_shape = None
+        self._shapes.clear()
         self._tables = (None, None)
         if self.runtime is not None:
             self.runtime.new_pass()
@@ -204,6 +216,7 @@ class FusedState:
         scale: float,
         mask: torch.Tensor | None,
         window: int | None,
+        cap: float | None,
     ) -> AttentionShape:
         batch, length = lead
         documents = documents_of(mask)
@@ -214,6 +227,7 @@ class FusedState:
                 *heads,
                 scale,
                 window=window,
+                cap=cap,
                 cu_seqlens=documents.cu_seqlens,
                 documents=documents.bounds,
                 max_seqlen=documents.longest,
@@ -222,7 +236,7 @@ class FusedState:
             mask = None
         if mask is not None:
             mask = mask.expand(batch, mask.shape[1], length, length)
-        return AttentionShape(batch, length, *heads, scale, mask=mask, window=window)
+        return AttentionShape(batch, length, *heads, scale, mask=mask, window=window, cap=cap)
 
 
 def fused_state(module: Any) -> FusedState | None:

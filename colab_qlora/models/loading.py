@@ -21,6 +21,7 @@ from colab_qlora.models.dynamic_loading import (
 )
 from colab_qlora.models.embedded import EMBEDDED_NAME, FOLDER_NAME, embedded_model_path
 from colab_qlora.models.growing_segments import let_segments_grow
+from colab_qlora.models.half_range import dtype_with_room
 from colab_qlora.models.quiet_import import import_bitsandbytes
 from colab_qlora.models.readable_errors import readable_errors
 from colab_qlora.models.settings import ATTRIBUTE, ModelSettings
@@ -76,6 +77,7 @@ def load_model_and_tokenizer(
     source = locate_checkpoint(name)
     hub = {"token": token, "revision": revision, "trust_remote_code": trust_remote_code}
     config = _load_config(source, name, hub)
+    compute_dtype, note = dtype_with_room(config, dtype, compute_dtype, note)
     _apply_rope_scaling(config, rope_scaling)
     _check_positions(config, max_seq_length)
     if dynamic is not None:
@@ -196,9 +198,14 @@ def _apply_rope_scaling(config: Any, rope_scaling: dict | None) -> None:
             got=rope_scaling,
             allowed='{"rope_type": "linear" or "yarn", "factor": 1.0 or more}',
         )
-    config.rope_parameters = {**(config.rope_parameters or {}), "rope_type": kind, "factor": factor}
+    scaled = {"rope_type": kind, "factor": factor}
     if kind == "yarn":
-        config.rope_parameters["original_max_position_embeddings"] = config.max_position_embeddings
+        scaled["original_max_position_embeddings"] = config.max_position_embeddings
+    rope = dict(config.rope_parameters or {})
+    # Gemma 3 has positions for each kind of layer; those in a window see no further than before
+    if "full_attention" in rope:
+        scaled = {"full_attention": {**rope["full_attention"], **scaled}}
+    config.rope_parameters = {**rope, **scaled}
     config.max_position_embeddings = int(config.max_position_embeddings * factor)
 
 
@@ -248,11 +255,14 @@ def _load_model(source: str, device_map: Any, quantization: Any, /, **options: A
     if device_map is None:
         # device 0, and not "auto": training with layers on two devices is not what anyone means
         device_map = {"": 0 if torch.cuda.is_available() else "cpu"}
+    # Gemma 2 bounds its attention's scores, which sdpa cannot: transformers has only eager for it
+    is_bounded = getattr(options.get("config"), "model_type", "") == "gemma2"
+    attention = options.pop("attn_implementation", "eager" if is_bounded else "sdpa")
     return AutoModelForCausalLM.from_pretrained(
         source,
         device_map=device_map,
         use_safetensors=True,
-        attn_implementation=options.pop("attn_implementation", "sdpa"),
+        attn_implementation=attention,
         **({"quantization_config": quantization} if quantization is not None else {}),
         **options,
     )

@@ -50,7 +50,7 @@ def plan_memory(
         max_seq_length: tokens in each.
         gpu: "T4", "L4", "A100", "H100" by their recorded rates; None: this machine's GPU, measured
             once, or a T4 where there is none.
-        r: rank of LoRA on all seven linears, for a model without adapters.
+        r: rank of LoRA on all linears of the layers, for a model without adapters.
         memory_budget_gib: most GPU memory (torch.cuda.max_memory_allocated) in GiB; None: all.
         host_budget_gib: most page-locked host memory in GiB; None: what is free; 0: none.
         load_in_4bit: NF4 weights, for a name; of a model it is seen.

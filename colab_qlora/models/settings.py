@@ -22,6 +22,7 @@ class ModelSettings:
         compute_dtype: "bfloat16", "float16" or "float32".
         use_gradient_checkpointing: False, True or "smart"; None until adapters are attached.
         memory_budget_gib, host_budget_gib: what "smart" may use, in GiB; None: what is free.
+        full_finetuning: every weight is trained, without adapters.
         notes: one line for each thing that was not done as asked, with the reason.
     """
 
@@ -31,6 +32,7 @@ class ModelSettings:
     use_gradient_checkpointing: bool | str | None = None
     memory_budget_gib: float | None = None
     host_budget_gib: float | None = None
+    full_finetuning: bool = False
     notes: list[str] = field(default_factory=list)
 
 

@@ -15,7 +15,7 @@ import torch
 from colab_qlora.activations.cost_settings import CostSettings
 from colab_qlora.activations.gpu_profile import GpuProfile, profile_of_this_machine
 from colab_qlora.activations.memory_plan import Machine, Workload
-from colab_qlora.activations.model_shape import LINEARS, Rank, shape_of
+from colab_qlora.activations.model_shape import ALL_LINEARS, Rank, shape_of
 from colab_qlora.activations.runtime import ActivationRuntime
 from colab_qlora.activations.static_costs import static_bytes
 from colab_qlora.activations.this_machine import CPU_PROFILE, this_machine
@@ -48,7 +48,9 @@ def workload_of(model: Any, batch_size: int = 1, seq_length: int = 1) -> Workloa
     shape = shape_of(causal.config)
     device = model_device(model)
     linears = _linears(causal)
-    ranks = {name: max((_rank(m) for m in linears.get(name, [])), default=0) for name in LINEARS}
+    ranks = {
+        name: max((_rank(m) for m in linears.get(name, [])), default=0) for name in shape.linears
+    }
     every = [module for found in linears.values() for module in found]
     is_4bit = any(getattr(_base(m).weight, "quant_state", None) is not None for m in every)
     settings = CostSettings(
@@ -174,11 +176,11 @@ def _place_of_embedding(causal: Any, device: torch.device) -> str:
 
 
 def _linears(causal: Any) -> dict[str, list[Any]]:
-    """The modules behind each name of `LINEARS`, of all layers."""
+    """The modules behind each name of `ALL_LINEARS`, of all layers."""
     found: dict[str, list[Any]] = {}
     for layer in getattr(getattr(causal, "model", None), "layers", []):
         for owner in (layer.self_attn, layer.mlp):
-            for name in LINEARS:
+            for name in ALL_LINEARS:
                 if (module := getattr(owner, name, None)) is not None:
                     found.setdefault(name, []).append(module)
     return found

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import itertools
 import pickle
 import sys
 from dataclasses import replace
@@ -17,6 +18,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "layers"))
 from layer_helpers import DEVICE, FAMILIES, batch, gradients, tiny_model  # noqa: E402
 from machines import GIB, SMALL  # noqa: E402
 
+from colab_qlora.activations.costs import stored_names  # noqa: E402
 from colab_qlora.activations.host_pool import HostMemoryRefused, HostPool  # noqa: E402
 from colab_qlora.activations.memory_plan import Machine  # noqa: E402
 from colab_qlora.activations.model_shape import shape_of  # noqa: E402
@@ -60,13 +62,22 @@ def test_buckets_are_at_most_an_eighth_above(length: int) -> None:
     assert bucket_length(bucket) == bucket
 
 
-@pytest.mark.parametrize("family", ["llama", "qwen3", "mistral_window", "smollm3"])
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize(
+    ("family", "dtype"),
+    [
+        *itertools.product(
+            ("llama", "qwen3", "mistral_window", "smollm3"), (torch.float32, torch.bfloat16)
+        ),
+        ("phi4_mini", torch.float32),
+        ("gemma2", torch.bfloat16),
+        ("gemma3", torch.float32),
+    ],
+)
 def test_budgets_change_plans_and_no_gradient(family: str, dtype: torch.dtype) -> None:
     model, inputs = smart_model(family, dtype), batch(length=64)
     want = gradients(model, inputs)
     step = runtime_of(model).current.step
-    assert all(stored == KEEP_ALL for stored in step.stored)
+    assert all(stored == stored_names(step.batch.shape, KEEP_ALL) for stored in step.stored)
     whole, floor = step.peak_bytes / GIB, floor_gib(model, inputs)
     assert floor < whole
     plans = set()
@@ -187,12 +198,13 @@ def test_evaluation_in_between_and_disabled_adapters() -> None:
     assert all(torch.equal(got[name], want[name]) for name in got)
 
 
-@pytest.mark.parametrize("family", ["llama", "qwen3"])
+@pytest.mark.parametrize("family", ["llama", "qwen3", "phi3", "gemma3"])
 def test_the_workload_is_read_from_the_model(family: str) -> None:
-    model = tiny_model(family, torch.bfloat16, r=4, target_modules=["q_proj", "down_proj"])
+    targets = ["qkv_proj" if family == "phi3" else "q_proj", "down_proj"]
+    model = tiny_model(family, torch.bfloat16, r=4, target_modules=targets)
     found = workload_of(model, 3, 7)
     assert found.shape == shape_of(FAMILIES[family])
-    assert {name: r for name, r in found.rank.items() if r} == {"q_proj": 4, "down_proj": 4}
+    assert {name: r for name, r in found.rank.items() if r} == dict.fromkeys(targets, 4)
     assert (found.batch_size, found.seq_length, found.tokens) == (3, 7, 21)
     assert found.settings.itemsize == 2
     assert not found.settings.is_4bit
@@ -223,9 +235,12 @@ def offloading_model(**changes: Any) -> Any:
     return model, runtime, inputs, whole
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_what_the_runtime_offloads_comes_back(dtype: torch.dtype) -> None:
-    model, runtime, inputs, want = offloading_model(dtype=dtype)
+@pytest.mark.parametrize(
+    ("family", "dtype"),
+    [("llama", torch.float32), ("llama", torch.bfloat16), ("gemma3", torch.float32)],
+)
+def test_what_the_runtime_offloads_comes_back(family: str, dtype: torch.dtype) -> None:
+    model, runtime, inputs, want = offloading_model(family=family, dtype=dtype)
     for length in (64, 40, 64):  # a shorter batch of the same bucket uses the same blocks
         got = gradients(model, batch(length=length))
     step = runtime.current.step

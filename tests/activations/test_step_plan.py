@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import contextlib
+import gc
 import itertools
 import math
+import weakref
 
 import pytest
 from machines import GIB, LARGE, LLAMA_3_8B, SMALL
@@ -194,3 +196,25 @@ def test_a_table_on_the_host_costs_its_rows_and_saves_itself() -> None:
     assert plans[1].step_s - plans[0].step_s == pytest.approx(
         rows / HOST_GATHER_BYTES_PER_S + rows / SMALL.copy_up_bytes_per_s
     )
+
+
+def test_a_choice_that_was_refused_holds_nothing_of_the_caller() -> None:
+    """A forward pass plans; its tensors were alive in the backward pass, in an error's frames."""
+
+    class Tensor:
+        pass
+
+    def forward(budget: int) -> weakref.ref[Tensor]:
+        tensor = Tensor()
+        plan_step(batch_of(SMALL, 1, 4096), 1, budget)
+        return weakref.ref(tensor)
+
+    with pytest.raises(BudgetTooSmall) as refused:
+        plan_step(batch_of(SMALL, 1, 4096), 1, 1)
+    gc.collect()
+    gc.disable()
+    try:
+        # just enough, so that the settings that take more are refused on the way
+        assert forward(int(refused.value.floor_bytes * 1.01))() is None
+    finally:
+        gc.enable()

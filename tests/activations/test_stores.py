@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import itertools
 import random
 import sys
 from pathlib import Path
@@ -13,9 +14,10 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "layers"))
 
-from layer_helpers import DEVICE, batch, gradients, tiny_model  # noqa: E402
+from layer_helpers import DEVICE, FAMILIES, batch, gradients, tiny_model  # noqa: E402
 
 from colab_qlora.activations.host_pool import HostPool  # noqa: E402
+from colab_qlora.activations.model_shape import ModelShape, shape_of  # noqa: E402
 from colab_qlora.activations.saved_classes import CLASSES, OFFLOADABLE, names_of  # noqa: E402
 from colab_qlora.activations.stores import Copies, CopyLane, OffloadingStore  # noqa: E402
 from colab_qlora.models import fused_state  # noqa: E402
@@ -179,28 +181,37 @@ class Chained:
         return self.last
 
 
-def random_choice(pick: random.Random) -> tuple[frozenset[str], frozenset[str]]:
+def random_choice(pick: random.Random, shape: ModelShape) -> tuple[frozenset[str], frozenset[str]]:
     stored = {"input", *(name for name in CLASSES if pick.random() < 0.6)}
     away = {name for name in stored if name in OFFLOADABLE and pick.random() < 0.6}
-    return names_of(stored), names_of(away)
+    return names_of(stored, shape), names_of(away, shape)
 
 
-@pytest.mark.parametrize("family", ["llama", "qwen3", "llama_biases", "smollm3"])
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+FAMILIES_AND_DTYPES = [
+    *itertools.product(
+        ("llama", "qwen3", "llama_biases", "smollm3"), (torch.float32, torch.bfloat16)
+    ),
+    ("phi4_mini", torch.bfloat16),
+    ("gemma2", torch.float32),
+    ("gemma3", torch.bfloat16),
+]
+
+
+@pytest.mark.parametrize(("family", "dtype"), FAMILIES_AND_DTYPES)
 def test_plans_of_every_kind_give_the_same_bits(
     monkeypatch: pytest.MonkeyPatch, family: str, dtype: torch.dtype
 ) -> None:
     model, inputs, pick = tiny_model(family, dtype), batch(), random.Random(family)
-    state = fuse(model)
+    state, shape = fuse(model), shape_of(FAMILIES[family])
     state.mlp_tokens = state.max_weight_bytes = 2**62
     state.plan = names_of(CLASSES)
     want = gradients(model, inputs)
     everything = names_of(CLASSES)
     plans = [
-        (everything, names_of(OFFLOADABLE)),
-        (names_of(["input"]), names_of(["input"])),
+        (everything, names_of(OFFLOADABLE, shape)),
+        (names_of(["input"]), names_of(["input"], shape)),
         (names_of(["input"]), frozenset()),
-        *(random_choice(pick) for _ in range(6)),
+        *(random_choice(pick, shape) for _ in range(6)),
     ]
     lane = CopyLane(torch.device(DEVICE), HostPool(10**8))
     for plan, away in plans:

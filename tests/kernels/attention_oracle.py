@@ -53,10 +53,12 @@ def truth(tensors: Tensors, shape: AttentionShape) -> Tensors:
     """(o, dq, dk, dv) in float64 by plain torch and autograd, from (q, k, v, do)."""
 
     def softmax(q, k, v, added):
-        scores = (q @ k.transpose(-1, -2)) * shape.scale + added
-        return scores.softmax(-1) @ v
+        scores = (q @ k.transpose(-1, -2)) * shape.scale
+        if shape.cap is not None:
+            scores = torch.tanh(scores / shape.cap) * shape.cap
+        return (scores + added).softmax(-1) @ v
 
-    return _differentiate(softmax, tensors, shape, torch.float64, "cpu")
+    return differentiate(softmax, tensors, shape, torch.float64, "cpu")
 
 
 def stock(tensors: Tensors, shape: AttentionShape, device: str = "cpu") -> Tensors:
@@ -67,10 +69,10 @@ def stock(tensors: Tensors, shape: AttentionShape, device: str = "cpu") -> Tenso
             q, k, v, attn_mask=added.to(q.dtype), scale=shape.scale
         )
 
-    return _differentiate(attend, tensors, shape, tensors[0].dtype, device)
+    return differentiate(attend, tensors, shape, tensors[0].dtype, device)
 
 
-def _differentiate(attend, tensors, shape, dtype, device) -> Tensors:
+def differentiate(attend, tensors, shape, dtype, device) -> Tensors:
     q, k, v = (x.detach().to(device, dtype).requires_grad_() for x in tensors[:3])
     seen = visible(shape)
     blind = ~seen.any(-1, keepdim=True)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 from typing import Any
+from unittest import mock
 
 import torch
 import transformers
@@ -29,6 +30,25 @@ LLAMA_3_1 = {
     "high_freq_factor": 4.0,
     "original_max_position_embeddings": 32,
 }
+# factors of positions, for half of each head: short sequences, and those beyond the original 8
+LONG_ROPE = {
+    "rope_type": "longrope",
+    "short_factor": [1.0, 1.1, 1.3],
+    "long_factor": [1.0, 2.0, 5.0],
+    "partial_rotary_factor": 0.5,
+    "factor": 8.0,
+    "original_max_position_embeddings": 8,
+}
+PHI = {**SIZES, "hidden_size": 48, "pad_token_id": 0}
+# two kinds of layers; the head's size is not hidden / heads, nor is the scale that of the head
+GEMMA = {
+    **SIZES,
+    "head_dim": 16,
+    "query_pre_attn_scalar": 9,
+    "layer_types": ["sliding_attention", "full_attention", "sliding_attention"],
+    "sliding_window": 5,
+    "final_logit_softcapping": 3.0,
+}
 FAMILIES = {
     "llama": transformers.LlamaConfig(**SIZES),
     "llama_3_1": transformers.LlamaConfig(**SIZES, rope_scaling=LLAMA_3_1),
@@ -38,6 +58,10 @@ FAMILIES = {
     "qwen2": transformers.Qwen2Config(**SIZES),
     "qwen3": transformers.Qwen3Config(**SIZES, head_dim=16),
     "smollm3": transformers.SmolLM3Config(**SIZES, no_rope_layers=[1, 0, 1]),
+    "phi3": transformers.Phi3Config(**PHI),
+    "phi4_mini": transformers.Phi3Config(**PHI, rope_parameters=LONG_ROPE, sliding_window=6),
+    "gemma2": transformers.Gemma2Config(**GEMMA, attn_logit_softcapping=2.0),
+    "gemma3": transformers.Gemma3TextConfig(**GEMMA),
 }
 
 
@@ -45,7 +69,8 @@ def tiny_model(family: str = "llama", dtype: torch.dtype = torch.float64, **lora
     """A PEFT model in training mode whose adapters are not at their zero start."""
     torch.manual_seed(1)
     config = copy.deepcopy(FAMILIES[family])  # what a test changes stays in its own model
-    config._attn_implementation = "sdpa"
+    # transformers refuses sdpa for Gemma 2, whose scores are bounded
+    config._attn_implementation = "eager" if family == "gemma2" else "sdpa"
     model = transformers.AutoModelForCausalLM.from_config(config).to(dtype)
     # transformers starts biases and norms at 0 and 1, where a mistake in them would not show
     with torch.no_grad():
@@ -99,7 +124,12 @@ def true_loss_and_gradients(model: Any, inputs: dict[str, Any]) -> tuple[Any, di
 
     def norm_in_float64(module: Any, args: tuple[Any, ...], output: Any) -> Any:
         (x,) = args
-        return module.weight * x * torch.rsqrt(x.square().mean(-1, True) + module.variance_epsilon)
+        is_gemma = hasattr(module, "eps")
+        eps = module.eps if is_gemma else module.variance_epsilon
+        return (module.weight + is_gemma) * x * torch.rsqrt(x.square().mean(-1, True) + eps)
+
+    def softmax_in_float64(x: torch.Tensor, dim: int, dtype: Any = None) -> torch.Tensor:
+        return x.softmax(dim)
 
     for module in model.modules():
         if type(module).__name__.endswith("RMSNorm"):
@@ -108,7 +138,8 @@ def true_loss_and_gradients(model: Any, inputs: dict[str, Any]) -> tuple[Any, di
         model.zero_grad()
         inputs = dict(inputs)
         labels, items = inputs.pop("labels"), inputs.pop("num_items_in_batch")
-        logits = model(**inputs).logits[:, :-1]
+        with mock.patch("torch.nn.functional.softmax", softmax_in_float64):
+            logits = model(**inputs).logits[:, :-1]
         loss = torch.nn.functional.cross_entropy(
             logits.reshape(-1, logits.shape[-1]), labels[:, 1:].reshape(-1), reduction="sum"
         )

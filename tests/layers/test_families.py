@@ -24,6 +24,9 @@ from colab_qlora.models.fuse import fuse, fused_layers, restore
 @pytest.mark.parametrize("family", FAMILIES)
 def test_loss_and_gradients_are_those_of_the_model(family: str, padding: str) -> None:
     model, inputs = tiny_model(family), batch(padding)
+    if (family, padding) == ("gemma2", "left"):
+        # a padding place sees nothing; transformers' own eager attention has it see everything
+        inputs["labels"][-1, inputs["labels"].shape[1] // 2] = -100
     truth, true_gradients = true_loss_and_gradients(model, inputs)
     state = fuse(model)
     assert len(fused_layers(model)) == 3
@@ -35,8 +38,8 @@ def test_loss_and_gradients_are_those_of_the_model(family: str, padding: str) ->
     assert not state.stock_passes
 
 
-@pytest.mark.parametrize("seed", range(12))
-@pytest.mark.parametrize("family", ["llama", "qwen3"])
+@pytest.mark.parametrize("seed", range(10))
+@pytest.mark.parametrize("family", ["llama", "qwen3", "phi4_mini", "gemma2", "gemma3"])
 def test_any_plan_gives_the_same_gradients(family: str, seed: int) -> None:
     pick = random.Random(seed)
     model, inputs = tiny_model(family), batch("right")
@@ -50,9 +53,10 @@ def test_any_plan_gives_the_same_gradients(family: str, seed: int) -> None:
     assert largest_error(gradients, truth) < 1e-9, sorted(state.plan)
 
 
+@pytest.mark.parametrize("family", ["llama", "phi4_mini", "gemma2", "gemma3"])
 @pytest.mark.parametrize("shape", [(1, 1), (1, 2), (3, 7), (2, 33)])
-def test_odd_batches(shape: tuple[int, int]) -> None:
-    model, inputs = tiny_model(), batch(rows=shape[0], length=shape[1])
+def test_odd_batches(shape: tuple[int, int], family: str) -> None:
+    model, inputs = tiny_model(family), batch(rows=shape[0], length=shape[1])
     inputs["labels"] = inputs["input_ids"].clone()
     if shape[1] == 1:
         inputs["labels"][:] = -100  # nothing follows the only token
@@ -68,8 +72,9 @@ def test_odd_batches(shape: tuple[int, int]) -> None:
     assert largest_error(gradients, expected) < 1e-9
 
 
-def test_an_empty_batch_passes() -> None:
-    model = tiny_model()
+@pytest.mark.parametrize("family", ["llama", "phi3", "gemma3"])
+def test_an_empty_batch_passes(family: str) -> None:
+    model = tiny_model(family)
     fuse(model)
     ids = torch.zeros((0, 5), dtype=torch.long, device=DEVICE)
     loss, gradients = loss_and_gradients(model, {"input_ids": ids, "labels": ids})
@@ -87,7 +92,7 @@ def test_all_labels_ignored_teaches_nothing() -> None:
     assert all(not g.any() for g in gradients.values())
 
 
-@pytest.mark.parametrize("family", ["llama", "qwen3", "llama_biases"])
+@pytest.mark.parametrize("family", ["llama", "qwen3", "llama_biases", "phi3", "gemma2", "gemma3"])
 def test_norms_and_biases_that_train_get_their_gradients(family: str) -> None:
     model, inputs = tiny_model(family), batch()
     for name, parameter in model.named_parameters():

@@ -259,7 +259,7 @@ def test_other_architectures_say_so_and_train(ids: Any) -> None:
 def test_a_family_without_fused_layers_gets_norms_and_loss(ids: Any) -> None:
     from peft import LoraConfig, get_peft_model
 
-    config = transformers.Phi3Config(
+    config = transformers.GraniteConfig(
         hidden_size=32,
         intermediate_size=48,
         num_hidden_layers=2,
@@ -274,8 +274,8 @@ def test_a_family_without_fused_layers_gets_norms_and_loss(ids: Any) -> None:
     stock = model(input_ids=ids, labels=ids).loss
     fuse(model)
     words = str(describe(model))
-    assert "Phi3DecoderLayer  its own code" in words
-    assert "Phi3DecoderLayer is none of LlamaDecoderLayer" in words
+    assert "GraniteDecoderLayer  its own code" in words
+    assert "GraniteDecoderLayer is none of LlamaDecoderLayer" in words
     assert "labelled rows only" in words
     # two in each layer, and the last one
     assert [s.count for s in describe(model).swaps if s.now == "fused norm"] == [5]

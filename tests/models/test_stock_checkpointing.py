@@ -30,7 +30,7 @@ SIZES = {
     "pad_token_id": 0,
 }
 CONFIGS = {
-    "phi3": transformers.Phi3Config(**SIZES),
+    "granite": transformers.GraniteConfig(**SIZES),
     "gemma": transformers.GemmaConfig(**SIZES, head_dim=12),
     "olmo2": transformers.Olmo2Config(**SIZES),
 }
@@ -110,7 +110,7 @@ def test_what_is_offloaded_is_the_layers_input_alone(monkeypatch: pytest.MonkeyP
             self.pack_hook = recorded
 
     monkeypatch.setattr(torch.autograd.graph, "save_on_cpu", Recorded)
-    model = stock_model("phi3")
+    model = stock_model("granite")
     set_gradient_checkpointing(model, "smart")
     planner(model).offloads = True
     planner(model).kept[2, 64] = 1
@@ -122,7 +122,7 @@ def test_what_is_offloaded_is_the_layers_input_alone(monkeypatch: pytest.MonkeyP
 
 
 def test_the_budget_decides_how_many_are_kept(monkeypatch: pytest.MonkeyPatch) -> None:
-    model, inputs = stock_model("phi3"), batch(64)
+    model, inputs = stock_model("granite"), batch(64)
     set_gradient_checkpointing(model, False)
     want = gradients(model, inputs)
     counts = []
@@ -152,7 +152,7 @@ def test_a_plan_for_each_length_and_none_for_evaluation() -> None:
 
 
 def test_it_is_undone() -> None:
-    model, inputs = stock_model("phi3"), batch()
+    model, inputs = stock_model("granite"), batch()
     set_gradient_checkpointing(model, True)
     want = gradients(model, inputs)
     before = [layer._gradient_checkpointing_func for layer in checkpointed_layers(model)]
@@ -170,7 +170,7 @@ def test_it_is_undone() -> None:
 
 @pytest.mark.parametrize("how", [copy.deepcopy, lambda m: pickle.loads(pickle.dumps(m))])
 def test_a_copy_plans_for_itself(how: Any) -> None:
-    model, inputs = stock_model("phi3"), batch()
+    model, inputs = stock_model("granite"), batch()
     set_gradient_checkpointing(model, "smart")
     want = gradients(model, inputs)
     twin = how(model)
@@ -184,7 +184,7 @@ def test_a_copy_plans_for_itself(how: Any) -> None:
 def test_out_of_memory_is_answered_with_less_and_then_with_the_host(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    model, inputs, lines = stock_model("phi3"), batch(), []
+    model, inputs, lines = stock_model("granite"), batch(), []
     set_gradient_checkpointing(model, "smart")
     want = gradients(model, inputs)
     model.zero_grad()
