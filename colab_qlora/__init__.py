@@ -17,8 +17,13 @@ __version__ = "0.1.0"
 _EXPORTS = {
     "EarlyStopping": "training.early_stopping",
     "FastLanguageModel": "fast_language_model",
+    "FastModel": "fast_language_model",
+    "PatchDPOTrainer": "peer_names",
+    "PatchFastRL": "peer_names",
     "SFTConfig": "training.arguments",
     "SFTTrainer": "training.trainer",
+    "UnslothTrainer": "training.trainer",
+    "UnslothTrainingArguments": "training.arguments",
     "UserError": "errors",
     "advise": "curves.advise",
     "describe": "models.describe",
@@ -27,6 +32,8 @@ _EXPORTS = {
     "learning_rate_sweep": "training.learning_rate_sweep",
     "inspect_environment": "environment",
     "install_missing": "install",
+    "is_bf16_supported": "peer_names",
+    "is_bfloat16_supported": "peer_names",
     "plan_memory": "models.memory_planning",
     "quantization_report": "quantization.report",
     "read_log": "curves.log",
@@ -37,13 +44,19 @@ _EXPORTS = {
     "standardize_sharegpt": "data.conversations",
     "to_sharegpt": "data.merge_columns",
     "train_on_responses_only": "training.responses_only",
+    "unsloth_train": "peer_names",
 }
 
 __all__ = [
     "EarlyStopping",
     "FastLanguageModel",
+    "FastModel",
+    "PatchDPOTrainer",
+    "PatchFastRL",
     "SFTConfig",
     "SFTTrainer",
+    "UnslothTrainer",
+    "UnslothTrainingArguments",
     "UserError",
     "__version__",
     "advise",
@@ -55,6 +68,8 @@ __all__ = [
     "get_chat_template",
     "inspect_environment",
     "install_missing",
+    "is_bf16_supported",
+    "is_bfloat16_supported",
     "learning_rate_sweep",
     "plan_memory",
     "quantization_report",
@@ -63,6 +78,7 @@ __all__ = [
     "standardize_sharegpt",
     "to_sharegpt",
     "train_on_responses_only",
+    "unsloth_train",
 ]
 
 if TYPE_CHECKING:
@@ -77,16 +93,23 @@ if TYPE_CHECKING:
     from colab_qlora.data.merge_columns import to_sharegpt
     from colab_qlora.environment import inspect_environment
     from colab_qlora.errors import UserError
-    from colab_qlora.fast_language_model import FastLanguageModel
+    from colab_qlora.fast_language_model import FastLanguageModel, FastModel
     from colab_qlora.install import install_missing
     from colab_qlora.models.describe import describe
     from colab_qlora.models.fuse import restore
     from colab_qlora.models.memory_planning import plan_memory
+    from colab_qlora.peer_names import (
+        PatchDPOTrainer,
+        PatchFastRL,
+        is_bf16_supported,
+        is_bfloat16_supported,
+        unsloth_train,
+    )
     from colab_qlora.quantization.report import quantization_report
-    from colab_qlora.training.arguments import SFTConfig
+    from colab_qlora.training.arguments import SFTConfig, UnslothTrainingArguments
     from colab_qlora.training.early_stopping import EarlyStopping
     from colab_qlora.training.learning_rate_sweep import learning_rate_sweep
     from colab_qlora.training.responses_only import train_on_responses_only
-    from colab_qlora.training.trainer import SFTTrainer
+    from colab_qlora.training.trainer import SFTTrainer, UnslothTrainer
 
 __getattr__, __dir__ = lazy_names(__name__, _EXPORTS, __all__)

@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
+from colab_qlora.errors import UserError
+from colab_qlora.export.methods import bind_export_methods
 from colab_qlora.models.adapters import (
     DEFAULT_TARGETS,
     attach_lora,
@@ -13,9 +15,11 @@ from colab_qlora.models.adapters import (
 )
 from colab_qlora.models.dynamic_loading import DEFAULT_BUDGET
 from colab_qlora.models.loading import load_model_and_tokenizer
+from colab_qlora.models.peer_options import adapter_options, loading_options
 from colab_qlora.models.saved_adapter import is_adapter_folder, load_adapter_folder
 from colab_qlora.models.settings import settings_of
 from colab_qlora.models.smart import bring_embedding_back
+from colab_qlora.models.whole_training import is_trained_whole, train_every_weight
 
 
 class FastLanguageModel:
@@ -65,7 +69,8 @@ class FastLanguageModel:
             calibration_data: with "dynamic": the training rows (the first 16 are used): texts, rows
                 with "text", "messages", "prompt" and "completion" or "instruction" and "output", a
                 Dataset, or the path of a JSON file.
-            **kwargs: passed to transformers' from_pretrained.
+            **kwargs: arguments that tutorials pass (full_finetuning, load_in_16bit, ...; see
+                `models/peer_arguments.py`), and those of transformers' from_pretrained.
 
         Returns:
             (model, tokenizer): a transformers model (or a PeftModel for an adapter folder),
@@ -78,6 +83,7 @@ class FastLanguageModel:
         Example:
             >>> model, tokenizer = FastLanguageModel.from_pretrained("embedded", max_seq_length=512)
         """
+        load_args, trains_all = loading_options(dtype, load_in_4bit, load_in_8bit, kwargs)
         options: dict[str, Any] = {
             "token": token,
             "device_map": device_map,
@@ -89,10 +95,17 @@ class FastLanguageModel:
             "calibration_data": calibration_data,
             **kwargs,
         }
-        load_args = (max_seq_length, dtype, load_in_4bit, load_in_8bit)
         if model_name and is_adapter_folder(model_name):
-            return load_adapter_folder(model_name, *load_args, **options)
-        return load_model_and_tokenizer(model_name, *load_args, **options)
+            if trains_all is not None:
+                raise UserError("full_finetuning takes a model, not adapters", got=model_name)
+            loaded = load_adapter_folder(model_name, max_seq_length, *load_args, **options)
+            bind_export_methods(loaded[0])
+            return loaded
+        loaded = load_model_and_tokenizer(model_name, max_seq_length, *load_args, **options)
+        bind_export_methods(loaded[0])
+        if trains_all is not None:
+            train_every_weight(loaded[0], trains_all)
+        return loaded
 
     @staticmethod
     def get_peft_model(
@@ -129,7 +142,8 @@ class FastLanguageModel:
                 GiB; None: what is free.
             host_budget_gib: with "smart", most page-locked host memory in GiB; None: what is free;
                 0 offloads nothing.
-            **lora_options: further fields of `peft.LoraConfig` (use_rslora, modules_to_save, ...).
+            **lora_options: further fields of `peft.LoraConfig` (use_rslora, modules_to_save, ...),
+                and what tutorials pass besides; see `models/peer_arguments.py`.
 
         Returns:
             A `peft.PeftModel` in training mode, adapters in float32, everything else frozen.
@@ -137,14 +151,13 @@ class FastLanguageModel:
         Raises:
             UserError: an unknown target module (the message lists those that exist) or option.
         """
-        # tutorials repeat the length here; it was fixed when the model was loaded
-        length, settings = lora_options.pop("max_seq_length", None), settings_of(model)
-        if length is not None and settings is not None and length != settings.max_seq_length:
-            loaded = settings.max_seq_length
-            print(f"colab_qlora: max_seq_length={length} is ignored; it was loaded with {loaded}")
-        if lora_options.get("loftq_config") is None:
-            lora_options.pop("loftq_config", None)
-        return attach_lora(
+        if is_trained_whole(model):
+            print("colab_qlora: no adapters are attached; it was loaded with full_finetuning=True")
+            return model
+        target_modules, lora_options, said = adapter_options(model, target_modules, lora_options)
+        for line in said:
+            print(f"colab_qlora: {line}")
+        adapted = attach_lora(
             model,
             r,
             target_modules,
@@ -158,6 +171,7 @@ class FastLanguageModel:
             host_budget_gib=host_budget_gib,
             **lora_options,
         )
+        return bind_export_methods(adapted)
 
     @staticmethod
     def for_inference(model: Any) -> Any:
@@ -168,9 +182,11 @@ class FastLanguageModel:
         return model.eval()
 
     @staticmethod
-    def for_training(model: Any) -> Any:
-        """Switch back to training, with the checkpointing that was chosen before."""
+    def for_training(model: Any, use_gradient_checkpointing: bool | str | None = None) -> Any:
+        """Switch back to training, with the checkpointing that was chosen before, or another."""
         settings = settings_of(model)
+        if use_gradient_checkpointing is not None and settings is not None:
+            settings.use_gradient_checkpointing = use_gradient_checkpointing
         model.config.use_cache = False
         if settings is not None and settings.use_gradient_checkpointing is not None:
             set_gradient_checkpointing(
@@ -180,3 +196,7 @@ class FastLanguageModel:
                 settings.host_budget_gib,
             )
         return model.train()
+
+
+# the name that newer tutorials import; the same class
+FastModel = FastLanguageModel

@@ -1,0 +1,41 @@
+"""Functions that tutorials import from other kits; they do little or nothing here."""
+
+from __future__ import annotations
+
+from typing import Any
+
+_NOTHING = (
+    "colab_qlora: {name} does nothing, as nothing is patched here: TRL's trainers take the model "
+    "as it is, and colab_qlora.SFTTrainer is the one to import instead of TRL's"
+)
+
+
+def PatchDPOTrainer() -> None:  # noqa: N802  # the name that tutorials call
+    """Say that nothing is patched: `trl.DPOTrainer` takes our models as it is."""
+    print(_NOTHING.format(name="PatchDPOTrainer()"), flush=True)
+
+
+def PatchFastRL(algorithm: str | None = None, FastLanguageModel: Any = None) -> None:  # noqa: N802, N803
+    """Say that nothing is patched: `trl.GRPOTrainer` and its like take our models as they are.
+
+    Args:
+        algorithm, FastLanguageModel: not used; tutorials pass them.
+    """
+    print(_NOTHING.format(name="PatchFastRL()"), flush=True)
+
+
+def is_bfloat16_supported() -> bool:
+    """Whether this machine computes in bfloat16 natively; a T4 does not, though torch says so."""
+    import torch
+
+    from colab_qlora.dtypes import pick_compute_dtype
+
+    return pick_compute_dtype() == torch.bfloat16
+
+
+is_bf16_supported = is_bfloat16_supported
+
+
+def unsloth_train(trainer: Any, *args: Any, **kwargs: Any) -> Any:
+    """`trainer.train(...)`: its accumulated steps equal whole batches as they are."""
+    return trainer.train(*args, **kwargs)
