@@ -21,6 +21,7 @@ from colab_qlora.data.encode import encode
 from colab_qlora.data.formats import DataFormat, detect_format
 from colab_qlora.data.merge_columns import to_sharegpt
 from colab_qlora.data.records import Records, read_records
+from colab_qlora.data.report import DataReport, data_report
 from colab_qlora.data.split import check_no_overlap, find_overlap, split_rows
 from colab_qlora.data.token_view import TokenView, show_tokens, token_rows
 
@@ -28,6 +29,7 @@ __all__ = [
     "PROMPT_WITHOUT_INPUT",
     "PROMPT_WITH_INPUT",
     "DataFormat",
+    "DataReport",
     "DuplicateReport",
     "LengthReport",
     "Records",
@@ -36,6 +38,7 @@ __all__ = [
     "audit_lengths",
     "check_labels",
     "check_no_overlap",
+    "data_report",
     "detect_format",
     "drop_duplicates",
     "encode",

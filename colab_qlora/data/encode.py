@@ -1,5 +1,7 @@
 """Tokenise one example as TRL's SFTTrainer does, and say where its labels begin.
 
+(Of two start tokens, the tokenizer's and a text's own, one is left; `SFTTrainer` sees to that.)
+
     prompt tokens          p0 p1 p2
     prompt + completion    p0 p1 p2 c0 c1 </s>
     labels                  -  -  - c0 c1 </s>
@@ -16,6 +18,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from colab_qlora.data.alpaca import require_chat_template
+from colab_qlora.data.start_tokens import without_second_start
 from colab_qlora.data.wording import shown
 from colab_qlora.errors import UserError
 
@@ -73,7 +76,7 @@ def _with_eos(prompt: str, completion: str, tokenizer: Any) -> str:
 
 
 def _text_ids(text: str, tokenizer: Any) -> list[int]:
-    return list(tokenizer(text)["input_ids"])
+    return without_second_start(list(tokenizer(text)["input_ids"]), tokenizer)
 
 
 def _chat_ids(messages: list[Any], tokenizer: Any, **options: Any) -> list[int]:

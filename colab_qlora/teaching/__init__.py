@@ -39,6 +39,7 @@ _EXPORTS = {
     "hyperparameter_table": "hyperparameters",
     "layer_bytes_per_token": "activations",
     "layer_shape": "activations",
+    "list_files": "folder_listing",
     "lora_table": "lora",
     "memory_parts": "memory",
     "nf4_levels": "nf4",
@@ -76,6 +77,7 @@ __all__ = [
     "hyperparameter_table",
     "layer_bytes_per_token",
     "layer_shape",
+    "list_files",
     "lora_table",
     "memory_parts",
     "nf4_levels",
@@ -89,6 +91,7 @@ __all__ = [
 if TYPE_CHECKING:
     from colab_qlora.teaching.activations import LayerShape, layer_bytes_per_token, layer_shape
     from colab_qlora.teaching.display import show
+    from colab_qlora.teaching.folder_listing import list_files
     from colab_qlora.teaching.guessing import GUESSES, check_guess, exercise_runs
     from colab_qlora.teaching.hyperparameters import (
         STARTING_VALUES,

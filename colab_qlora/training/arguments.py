@@ -20,35 +20,36 @@ from colab_qlora.dtypes import pick_compute_dtype
 from colab_qlora.errors import UserError
 from colab_qlora.models.host_embedding import compute_device
 from colab_qlora.models.quiet_import import without_rename_warnings
+from colab_qlora.training.older_names import todays_arguments
+from colab_qlora.training.packing import packing_fields
 
-# names that scripts still pass to the trainer -> today's field of SFTConfig
-TRAINER_ARGUMENTS = {
-    "dataset_text_field": "dataset_text_field",
-    "max_seq_length": "max_length",
-    "packing": "packing",
-    "dataset_num_proc": "dataset_num_proc",
-}
+# not fields of TRL's SFTConfig, and kept beside them: for the trainer, and for TensorBoard
+KEPT_BESIDE = ("logging_dir", "embedding_learning_rate")
 _TRL_DEFAULT_MAX_LENGTH = 1024
 
 
 class SFTConfig(trl.SFTConfig):
     """TRL's SFTConfig that also constructs on a CPU and on a T4 without being told the precision.
 
-    Takes every field of `trl.SFTConfig`, and `max_seq_length` as another name for `max_length`.
-    Fields
-    not given follow the machine: bf16 or fp16 as `pick_compute_dtype` says, `use_cpu` without a
-    GPU, `report_to="none"`; `max_length` not given means the model's max_seq_length.
+    Takes every field of `trl.SFTConfig`, and the names that newer releases dropped or renamed
+    (`max_seq_length`, `evaluation_strategy`, `warmup_ratio`, ...; see `older_names.py`), of which
+    it says in one line what they are now. Fields not given follow the machine: bf16 or fp16 as
+    `pick_compute_dtype` says, `use_cpu` without a GPU, `report_to="none"`; `max_length` not given
+    means the model's max_seq_length.
+
+    Attributes:
+        logging_dir: where TensorBoard's files go, if it was given.
+        embedding_learning_rate: of embedding and head that are trained whole (modules_to_save of
+            get_peft_model); None: learning_rate.
+
+    Raises:
+        UserError: a name that never was, or a value that has no counterpart today.
     """
 
     def __init__(self, output_dir: str | None = None, **fields: Any) -> None:
-        if "max_seq_length" in fields:
-            if "max_length" in fields:
-                raise UserError(
-                    "max_length and max_seq_length are both set",
-                    got=f"{fields['max_length']} and {fields['max_seq_length']}",
-                    allowed="one of them; they mean the same",
-                )
-            fields["max_length"] = fields.pop("max_seq_length")
+        known = config_fields()
+        beside = {n: fields.pop(n, None) for n in KEPT_BESIDE if n not in known}
+        fields, said = todays_arguments(fields, known)
         has_gpu = torch.cuda.is_available()
         precision_was_given = bool(fields.get("bf16") or fields.get("fp16"))
         if fields.get("bf16") is None and fields.get("fp16") is None:
@@ -61,8 +62,20 @@ class SFTConfig(trl.SFTConfig):
         fields.setdefault("report_to", "none")
         with without_rename_warnings():
             super().__init__(output_dir=output_dir, **fields)
+        vars(self).update(beside)
         self.max_length_was_given = "max_length" in fields
         self.precision_was_given = precision_was_given
+        if said:
+            print(f"colab_qlora: {'; '.join(said)}", flush=True)
+
+
+# the name that tutorials know; the same class
+UnslothTrainingArguments = SFTConfig
+
+
+def config_fields() -> set[str]:
+    """Names of the fields that the installed TRL's SFTConfig takes."""
+    return {field.name for field in dataclasses.fields(trl.SFTConfig) if field.init}
 
 
 def fit_arguments(
@@ -80,8 +93,7 @@ def fit_arguments(
         model: the model to be trained; its settings decide precision, length and checkpointing.
         has_eval_dataset: whether an eval set was passed; then the first evaluation is before step
             1.
-        overrides: values given to the trainer under older names (`TRAINER_ARGUMENTS`), already
-            renamed.
+        overrides: fields of SFTConfig that were given to the trainer, under today's names.
         say: called with one line for each thing that is not done as asked.
 
     Raises:
@@ -100,9 +112,13 @@ def fit_arguments(
     changes.update(_checkpointing(model))
     changes.update(_length(args, model, overrides, say))
     changes.update({k: v for k, v in overrides.items() if k != "max_length"})
+    changes.update(packing_fields(rebuild(args, **changes), say))
     if has_eval_dataset:
         changes["eval_on_start"] = True
     fitted = rebuild(args, **changes)
+    for name in KEPT_BESIDE:
+        if getattr(args, name, None) is not None:
+            setattr(fitted, name, getattr(args, name))
     if fitted.n_gpu > 1:
         # the model is on one GPU; transformers would still multiply the batch by their number
         fitted._n_gpu = 1
@@ -116,8 +132,11 @@ def rebuild(args: transformers.TrainingArguments, **changes: Any) -> trl.SFTConf
     Built through the constructor, so that all that derives from the fields (precision, device)
     is derived again.
     """
-    allowed = {f.name for f in dataclasses.fields(trl.SFTConfig) if f.init}
+    allowed = config_fields()
     given = {f.name: getattr(args, f.name) for f in dataclasses.fields(args) if f.init}
+    if given["report_to"] == [None]:
+        # what TrainingArguments makes of report_to=None, which no logger answers to
+        given["report_to"] = []
     with without_rename_warnings():
         return trl.SFTConfig(**{k: v for k, v in {**given, **changes}.items() if k in allowed})
 

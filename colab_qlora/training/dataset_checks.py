@@ -66,7 +66,9 @@ def check_dataset(
     """
     if not isinstance(dataset, Dataset) or tokenizer is None or args.max_length is None:
         return None
-    if args.packing or args.dataset_kwargs or "input_ids" in dataset.column_names:
+    # the other strategies of packing split what is too long
+    splits = args.packing and args.packing_strategy != "bfd"
+    if splits or args.dataset_kwargs or "input_ids" in dataset.column_names:
         return None
     examples = _examples(dataset, name, args.dataset_text_field, formatting)
     if examples is None:

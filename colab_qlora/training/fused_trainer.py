@@ -15,6 +15,12 @@ import trl
 
 from colab_qlora.models.fuse import causal_model, state_of
 from colab_qlora.models.fused_head import is_fused_head
+from colab_qlora.training.embedding_rate import parameter_groups
+from colab_qlora.training.metrics_by_row import (
+    check_room_for_logits,
+    hidden_states_kept,
+    predictions_by_row,
+)
 from colab_qlora.training.micro_batch import with_less_memory
 from colab_qlora.training.optimizer import FlatAdamW
 from colab_qlora.training.optimizer_choice import flat_adamw_for
@@ -24,6 +30,7 @@ class FusedTrainer(trl.SFTTrainer):
     """A `trl.SFTTrainer` that lets a fused model compute its own loss, in a flat optimiser."""
 
     notes: list[str]
+    _preprocess_of_a_row: Any = None
 
     def _say(self, line: str) -> None:
         self.notes.append(line)
@@ -66,6 +73,47 @@ class FusedTrainer(trl.SFTTrainer):
 
         return with_less_memory(self.model, step, self._say)
 
+    def prediction_step(
+        self,
+        model: Any,
+        inputs: dict[str, Any],
+        prediction_loss_only: bool,
+        ignore_keys: Any = None,
+    ) -> Any:
+        """As transformers; the logits that a metric needs are made row by row."""
+        labels = inputs.get("labels")
+        if prediction_loss_only or labels is None or not self._model_computes_loss():
+            return super().prediction_step(model, inputs, prediction_loss_only, ignore_keys)
+        with hidden_states_kept(self.model) as kept:
+            loss, _, _ = super().prediction_step(model, inputs, True, ignore_keys)
+        labels = labels.to(kept[-1].device)
+        with self.compute_loss_context_manager():
+            found = predictions_by_row(self.model, kept[-1], labels, self._preprocess_of_a_row)
+        return loss, found, labels.cpu()
+
+    def evaluation_loop(self, *args: Any, **kwargs: Any) -> Any:
+        """As transformers; `preprocess_logits_for_metrics` gets a row at a time."""
+        given = self.preprocess_logits_for_metrics
+        if not self._model_computes_loss():
+            return self._evaluate_by_batch(*args, **kwargs)
+        if self.compute_metrics is not None and given is None and not self.args.batch_eval_metrics:
+            loader = kwargs.get("dataloader", args[0] if args else None)
+            check_room_for_logits(self.model, getattr(loader, "dataset", None))
+        self._preprocess_of_a_row, self.preprocess_logits_for_metrics = given, None
+        try:
+            return super().evaluation_loop(*args, **kwargs)
+        finally:
+            self._preprocess_of_a_row, self.preprocess_logits_for_metrics = None, given
+
+    def _evaluate_by_batch(self, *args: Any, **kwargs: Any) -> Any:
+        """The stock loop, where what a metric needs of a batch goes to host memory after it."""
+        steps = self.args.eval_accumulation_steps
+        self.args.eval_accumulation_steps = steps or (1 if self.compute_metrics else None)
+        try:
+            return super().evaluation_loop(*args, **kwargs)
+        finally:
+            self.args.eval_accumulation_steps = steps
+
     @staticmethod
     def get_optimizer_cls_and_kwargs(args: Any, model: Any = None) -> tuple[Any, Any]:
         """As transformers, but `FlatAdamW` where `flat_adamw_for` says so."""
@@ -73,7 +121,15 @@ class FusedTrainer(trl.SFTTrainer):
         return ours or trl.SFTTrainer.get_optimizer_cls_and_kwargs(args, model)
 
     def create_optimizer(self, model: Any = None) -> torch.optim.Optimizer:
-        """As transformers, with a note if it is `FlatAdamW`."""
+        """As transformers, with a note if it is `FlatAdamW`; see also `embedding_rate.py`."""
+        trained: Any = self.model if model is None else model
+        rate = getattr(self.args, "embedding_learning_rate", None)
+        if self.optimizer is None and rate is not None:
+            decays = self.get_decay_parameter_names(trained)
+            groups = parameter_groups(trained, rate, self.args.weight_decay, decays)
+            chosen = self.optimizer_cls_and_kwargs
+            kind, options = chosen or self.get_optimizer_cls_and_kwargs(self.args, trained)
+            self.optimizer_cls_and_kwargs = kind, {**options, "params": groups}
         optimizer = super().create_optimizer(model)
         note = "all LoRA matrices are updated together (FlatAdamW)"
         if isinstance(optimizer, FlatAdamW) and note not in self.notes:

@@ -60,7 +60,8 @@ class FlatAdamW(torch.optim.Optimizer):
         params: parameters of floating point, or groups of them as any torch optimiser takes.
         lr, betas, eps, weight_decay: as torch.optim.AdamW.
         bits: 32: moments in the parameters' dtype. 8: moments as bitsandbytes' AdamW8bit has them;
-            tensors of fewer than 4096 numbers and float64 ones are treated as with 32.
+            tensors of fewer than 4096 numbers and float64 ones are treated as with 32, and so are
+            groups that say "bits": 32.
 
     Attributes:
         state: parameter -> "step" and views of its moments, "exp_avg" and "exp_avg_sq", or in 8
@@ -220,7 +221,8 @@ class FlatAdamW(torch.optim.Optimizer):
     def _adopt(self, index: int) -> None:
         """Lay a group's parameters out anew and take their moments along."""
         parameters = self.param_groups[index]["params"]
-        parts = [_Part(FlatParameters(run), bits) for run, bits in _runs(parameters, self.bits)]
+        most_bits = max(self.bits, self.param_groups[index].get("bits", 0))
+        parts = [_Part(FlatParameters(run), bits) for run, bits in _runs(parameters, most_bits)]
         for part in parts:
             self._write(part, self._read(part, self.state))
         # last, so that after an error on the way the next step begins anew

@@ -7,10 +7,13 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 import torch
+from transformers.trainer import TRAINER_STATE_NAME
+from transformers.trainer_utils import rotate_checkpoints
 
 from colab_qlora.errors import UserError
 from colab_qlora.models.fuse import state_of
 from colab_qlora.training.adapter_state import adapter_name, adapter_tensors, is_finite
+from colab_qlora.training.atomic_checkpoint import SAVING, new_staging, put_in_place
 from colab_qlora.training.early_stopping import EarlyStopping
 from colab_qlora.training.fused_trainer import FusedTrainer
 from colab_qlora.training.log_reader import LogReader
@@ -22,8 +25,39 @@ __all__ = ["RescuingTrainer"]
 class RescuingTrainer(FusedTrainer):
     """A `FusedTrainer` that knows what to keep, and what to say, when memory or disk is full."""
 
+    # where a checkpoint is being written, while one is
+    _staging: str | None = None
+
     def _readers(self) -> list[LogReader]:
         return [c for c in self.callback_handler.callbacks if isinstance(c, LogReader)]
+
+    def _get_output_dir(self, trial: Any) -> str:
+        return self._staging or super()._get_output_dir(trial)
+
+    def _save_checkpoint(self, model: Any, trial: Any) -> None:
+        """As transformers, but the folder gets its name when it is whole."""
+        if self.args.push_to_hub or self.args.world_size > 1:
+            # an upload goes on in the background, and other processes write their share
+            super()._save_checkpoint(model, trial)
+            return
+        run_dir = Path(self._get_output_dir(trial))
+        staging = new_staging(run_dir)
+        name = f"checkpoint-{self.state.global_step}"
+        self._staging = str(staging)
+        try:
+            super()._save_checkpoint(model, trial)
+            if self.state.best_model_checkpoint == str(staging / name):
+                self.state.best_model_checkpoint = str(run_dir / name)
+                self.state.save_to_json(str(staging / name / TRAINER_STATE_NAME))
+        finally:
+            self._staging = None
+        put_in_place(staging / name, run_dir / name)
+        rotate_checkpoints(
+            output_dir=str(run_dir),
+            save_total_limit=self.args.save_total_limit,
+            best_model_checkpoint=self.state.best_model_checkpoint,
+            use_mtime=True,
+        )
 
     def _stop_out_of_memory(self, error: BaseException) -> NoReturn:
         self.model.zero_grad(set_to_none=True)  # type: ignore[union-attr]
@@ -42,6 +76,7 @@ class RescuingTrainer(FusedTrainer):
 
     def _stop_disk_full(self, error: BaseException, folder: str) -> NoReturn:
         # what was half written is of no use and takes the space that is missing
+        shutil.rmtree(Path(folder) / SAVING, ignore_errors=True)
         half = Path(folder) / f"checkpoint-{self.state.global_step}"
         if half.is_dir() and what_is_missing(half):
             shutil.rmtree(half, ignore_errors=True)

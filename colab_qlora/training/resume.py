@@ -1,8 +1,9 @@
 """Find the checkpoint to go on from, and refuse those that a kill or a full disk cut short.
 
-The trainer writes a checkpoint folder file by file, with trainer_state.json last. So a folder is
-whole when that file parses, the weights' safetensors header accounts for the file's whole size,
-and the optimiser's archive has its end.
+The trainer names a checkpoint folder when all its files are written (`atomic_checkpoint.py`). One
+that was copied, or written otherwise, file by file with trainer_state.json last, is whole when that
+file parses, the weights' safetensors header accounts for the file's whole size, and the optimiser's
+archive has its end.
 """
 
 from __future__ import annotations

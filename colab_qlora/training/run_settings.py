@@ -12,6 +12,7 @@ from colab_qlora.training.dataset_checks import data_hash
 
 _ARGUMENTS = (
     "learning_rate",
+    "embedding_learning_rate",
     "num_train_epochs",
     "max_steps",
     "per_device_train_batch_size",

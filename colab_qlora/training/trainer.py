@@ -13,22 +13,32 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import trl
 from transformers import PrinterCallback, ProgressCallback, TrainerState
+from transformers.integrations import TensorBoardCallback
 from transformers.trainer_utils import TrainOutput
 from transformers.utils.notebook import NotebookProgressCallback
 
-from colab_qlora.errors import UserError
 from colab_qlora.models.smart import bring_embedding_back, runtime_of
 from colab_qlora.quantization.remaking import follow_map, follow_or_say
 from colab_qlora.quantization.schedule import ScheduleSettings
 from colab_qlora.training.adapter_dtype import adapters_kept, adapters_to_float32
-from colab_qlora.training.arguments import TRAINER_ARGUMENTS, fit_arguments
+from colab_qlora.training.arguments import config_fields, fit_arguments
 from colab_qlora.training.best_adapter import move_aside
 from colab_qlora.training.callbacks import LossLogCallback
 from colab_qlora.training.dataset_checks import as_dataset, check_dataset
 from colab_qlora.training.early_stopping import EarlyStopping
 from colab_qlora.training.failures import is_disk_full, is_out_of_memory
 from colab_qlora.training.live_callbacks import LossPlot, readers_for
+from colab_qlora.training.older_names import trainer_arguments
+from colab_qlora.training.one_start_token import one_start_text, with_one_start
+from colab_qlora.training.packing import (
+    check_collator,
+    describe_rows,
+    truncated,
+    truncation_left_to_us,
+    without_attention_warnings,
+)
 from colab_qlora.training.quantization_schedule import QuantizationSchedule, schedules_for
 from colab_qlora.training.rescue import RescuingTrainer
 from colab_qlora.training.resume import (
@@ -38,6 +48,11 @@ from colab_qlora.training.resume import (
     set_aside,
 )
 from colab_qlora.training.run_settings import run_settings
+from colab_qlora.training.trainer_checks import (
+    check_completions,
+    check_one_eval_set,
+    checked_tokenizer,
+)
 from colab_qlora.work import check_writable
 
 # a T4's first steps overflow at the usual 65,536 and are skipped; at 8,192 they are not
@@ -55,8 +70,8 @@ class SFTTrainer(RescuingTrainer):
         eval_dataset: the same; if given, the first evaluation happens before the first step.
         processing_class: the tokenizer.
         tokenizer: older name of `processing_class`.
-        dataset_text_field, max_seq_length, packing, dataset_num_proc: older places for the fields
-            of `SFTConfig` (`max_seq_length` is `max_length` there).
+        **kwargs: further arguments of `trl.SFTTrainer`, and fields of `SFTConfig` that older
+            scripts give to the trainer (`dataset_text_field`, `max_seq_length`, `packing`, ...).
         live_plot: True: the loss curves and their reading, redrawn in place; False: lines of
             progress; None: the curves in a notebook's kernel, lines elsewhere; or a `LossPlot`.
         early_stopping: True, or an `EarlyStopping`: stop when the eval loss has turned, and keep
@@ -88,14 +103,20 @@ class SFTTrainer(RescuingTrainer):
         **kwargs: Any,
     ) -> None:
         self.notes = []
-        tokenizer = _checked_tokenizer(model, tokenizer, processing_class)
-        older, has_eval = _older_arguments(kwargs), eval_dataset is not None
+        tokenizer = checked_tokenizer(model, tokenizer, processing_class)
+        older, said = trainer_arguments(kwargs, trl.SFTTrainer, config_fields())
+        if said:
+            self._say("; ".join(said))
+        has_eval = eval_dataset is not None
         args = fit_arguments(args, model, has_eval_dataset=has_eval, overrides=older, say=self._say)
-        _check_one_eval_set(early_stopping, eval_dataset)
+        check_one_eval_set(early_stopping, eval_dataset)
         check_writable(args.output_dir)
+        if kwargs.get("formatting_func") is not None:
+            kwargs["formatting_func"] = one_start_text(kwargs["formatting_func"], tokenizer)
         datasets = {"train_dataset": train_dataset, "eval_dataset": eval_dataset}
         datasets = self._checked_rows(datasets, tokenizer, args, kwargs.get("formatting_func"))
-        with adapters_kept(model):
+        check_collator(args, data_collator)
+        with adapters_kept(model), without_attention_warnings(), truncation_left_to_us(args):
             super().__init__(
                 model=model,
                 args=args,
@@ -104,12 +125,20 @@ class SFTTrainer(RescuingTrainer):
                 **datasets,
                 **kwargs,
             )
+        self.train_dataset = truncated(self.train_dataset, self.args)
+        self.eval_dataset = truncated(self.eval_dataset, self.args)
+        self._describe_rows()
         self._set_precision()
         self._report_in_one_way()
         given = self.callback_handler.callbacks
         readers = readers_for(given, live_plot, early_stopping, stop_on_non_finite)
         for reader in [*readers, *schedules_for(self, quantization_schedule)]:
             self.add_callback(reader)
+
+    def _describe_rows(self) -> None:
+        for name, rows in (("train", self.train_dataset), ("eval", self.eval_dataset)):
+            if line := describe_rows(rows, name, self.args):
+                self._say(line)
 
     def _set_precision(self) -> None:
         adapters_to_float32(self.model)
@@ -125,17 +154,25 @@ class SFTTrainer(RescuingTrainer):
             # a missing train set is an error there, and a missing eval set none
             is_left_out = rows is None and name == "eval_dataset"
             found[name] = None if is_left_out else as_dataset(rows, name)
+        check_completions(args, found["train_dataset"])
         for name, dataset in found.items():
             kind = name.removesuffix("_dataset")
             note = check_dataset(dataset, kind, tokenizer, args, formatting) if dataset else None
-            if note:
-                self._say(note)
+            one_start = None
+            if dataset and tokenizer is not None and formatting is None:
+                found[name], one_start = with_one_start(dataset, tokenizer, args)
+            for line in filter(None, (note, one_start)):
+                self._say(line)
         return found
 
     def _report_in_one_way(self) -> None:
         # one kind of progress report; the notebook table would hide the training loss between evals
         for stock in (ProgressCallback, NotebookProgressCallback, PrinterCallback):
             self.remove_callback(stock)
+        if logging_dir := getattr(self.args, "logging_dir", None):
+            for callback in self.callback_handler.callbacks:
+                if isinstance(callback, TensorBoardCallback):
+                    callback.logging_dir = str(Path(logging_dir).expanduser())
         self._loss_log = LossLogCallback(run_settings(self))
         # before the callbacks that read it, of which the user may have passed some
         self.callback_handler.callbacks.insert(0, self._loss_log)
@@ -267,29 +304,5 @@ class SFTTrainer(RescuingTrainer):
         return str(found)
 
 
-def _checked_tokenizer(model: Any, tokenizer: Any, processing_class: Any) -> Any:
-    """The tokenizer, whichever name it came under; an error if it or the model is not usable."""
-    if model is None or isinstance(model, str):
-        raise UserError(
-            "the trainer needs a loaded model",
-            got=repr(model),
-            do="Load it first: FastLanguageModel.from_pretrained(...)",
-        )
-    if tokenizer is not None and processing_class not in (None, tokenizer):
-        raise UserError("tokenizer and processing_class differ", do="Pass one of them")
-    return processing_class if processing_class is not None else tokenizer
-
-
-def _older_arguments(kwargs: dict[str, Any]) -> dict[str, Any]:
-    """Take the older arguments of the trainer out of `kwargs`, as fields of `SFTConfig`."""
-    found = {field: kwargs.pop(name) for name, field in TRAINER_ARGUMENTS.items() if name in kwargs}
-    return {field: value for field, value in found.items() if value is not None}
-
-
-def _check_one_eval_set(early_stopping: bool | EarlyStopping, eval_dataset: Any) -> None:
-    if early_stopping and isinstance(eval_dataset, dict):
-        raise UserError(
-            "early stopping follows one eval loss",
-            got=f"{len(eval_dataset)} eval sets ({', '.join(map(str, eval_dataset))})",
-            do="Pass the one that counts as eval_dataset",
-        )
+# the name that tutorials know; the same class
+UnslothTrainer = SFTTrainer

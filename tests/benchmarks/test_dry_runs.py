@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import os
+import statistics
 import subprocess
 import sys
 from pathlib import Path
@@ -12,7 +13,7 @@ from typing import Any
 
 import pytest
 
-from benchmarks import planner
+from benchmarks import packing, planner
 
 pytest.importorskip("torch")
 pytest.importorskip("peft")
@@ -23,6 +24,7 @@ COMMANDS = {
     "kernels_bfloat16_dry": ["benchmarks.kernels", "--dry"],
     "train_step_tiny_dry": ["benchmarks.train_step", "--dry"],
     "planner_dry": ["benchmarks.planner", "--dry"],
+    "packing_dry": ["benchmarks.packing", "--dry", "--implementations", "ours_nockpt"],
     "parity": [
         *("benchmarks.layer_parity", "--families", "llama,qwen3"),
         *("--dtypes", "float64,float32,bfloat16", "--batches", "2", "--name", "parity"),
@@ -157,3 +159,20 @@ def test_the_curve_of_plans_is_drawn(tmp_path: Path) -> None:
 
 def test_cases_are_read() -> None:
     assert planner.parse_cases("2x32,1x8192@7.9") == [(2, 32, None), (1, 8192, 7.9)]
+
+
+def test_packed_rows_hold_no_padding(results: dict[str, Any]) -> None:
+    rows = {row["layout"]: row for row in results["packing_dry"]["rows"]}
+    assert rows.keys() == packing.LAYOUTS.keys()
+    assert all(row["tokens_per_s"] > 0 for row in rows.values())
+    for layout, row in rows.items():
+        has_padding = layout.startswith("padded")
+        assert (row["padding_share"] > 0) is has_padding, layout
+    assert rows["packed, 1 row"]["tokens_per_step"] > 8 * packing.MEDIAN_TOKENS
+
+
+def test_lengths_are_those_of_the_stated_distribution() -> None:
+    lengths = packing.draw_lengths(20_000)
+    assert abs(statistics.median(lengths) - packing.MEDIAN_TOKENS) <= 2
+    assert abs(statistics.mean(lengths) - 126) <= 2
+    assert abs(sum(length > 326 for length in lengths) / 20_000 - 0.05) <= 0.005

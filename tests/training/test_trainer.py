@@ -63,9 +63,9 @@ def test_accumulated_step_equals_the_whole_batch(make_trainer: Make, tmp_path: P
         trainer.train()
         results.append((losses_of(trainer), _trained(trainer) - start))
     for losses, update in results[1:]:
-        # float32 sums in another order: a few units in the last place of a loss near 11
-        assert losses == pytest.approx(results[0][0], rel=2e-6)
-        assert (update - results[0][1]).norm() <= 1e-4 * results[0][1].norm()
+        # float32 sums in another order: 1e-7 of a loss near 11, and 2e-7 of the update
+        assert losses == pytest.approx(results[0][0], rel=1e-6)
+        assert (update - results[0][1]).norm() <= 1e-6 * results[0][1].norm()
 
 
 def _trained(trainer: Any) -> Any:
@@ -224,7 +224,7 @@ def test_cut_rows_are_counted(make_trainer: Make, capsys: pytest.CaptureFixture[
     rows = [*ROWS[:3], {"prompt": "Count:\n", "completion": "word " * 100}]
     trainer = make_trainer(rows=rows)
     assert "1 of 4 train rows (25%) are longer than 64 tokens" in capsys.readouterr().out
-    assert len(trainer.notes) == 1
+    assert len([note for note in trainer.notes if "lose their end" in note]) == 1
 
 
 def test_output_folder_that_cannot_be_written(make_trainer: Make) -> None:

@@ -26,9 +26,13 @@ def test_script_runs_unchanged(embedded_folder: Path, monkeypatch: pytest.Monkey
     assert all(math.isfinite(loss) for loss in result["losses"])
     assert result["losses"][1] < result["losses"][0] - 0.3
     if not torch.cuda.is_available():
-        starts = ("fp16=True was asked for", "all LoRA matrices are updated together")
-        assert len(result["notes"]) == len(starts)
-        assert all(
-            note.startswith(start) for note, start in zip(result["notes"], starts, strict=True)
+        starts = (
+            "max_seq_length is max_length now; dataset_text_field belongs to SFTConfig",
+            "fp16=True was asked for",
+            "all LoRA matrices are updated together",
         )
+        # what padding costs is said besides, and depends on the rows
+        notes = [note for note in result["notes"] if "is padding" not in note]
+        assert len(notes) == len(starts)
+        assert all(note.startswith(start) for note, start in zip(notes, starts, strict=True))
         assert result["precision"] in {"bf16", "fp32"}
