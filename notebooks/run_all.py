@@ -27,6 +27,7 @@ ORDER = (
     "04_format_data",
     "05_train",
     "06_read_loss_curves",
+    "07_chat_and_export",
 )
 CELL_TIMEOUT_SECONDS = 1800
 # small models take higher learning rates than the 2e-4 that suits an 8B

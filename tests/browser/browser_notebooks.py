@@ -53,6 +53,28 @@ settings = {
 hints = {"r": "start with 16; raise it when the result is too weak"}
 hyperparameter_panel(settings, plan=Plan, hints=hints)
 """
+# a model that answers at once, or on and on until it is stopped
+CHAT = """\
+import time
+from colab_qlora import chat_box as module
+
+def stream(model, tokenizer, messages, *, stop, **options):
+    words = messages[-1]["content"]
+    pieces = ["You said ", words, "."] if words != "long" else ["on "] * 600
+    for piece in pieces:
+        if stop.is_set():
+            return
+        time.sleep(0.05)
+        yield piece
+
+class Tokenizer:
+    chat_template = "yes"
+
+module.stream = stream
+chat = module.chat_box(None, Tokenizer(), system="Be brief.")
+chat
+"""
+MESSAGES = "print('said', [m['content'] for m in chat.messages])\n"
 SETTINGS = "print('settings', settings)\n"
 
 

@@ -30,6 +30,7 @@ pytestmark = [pytest.mark.notebook, pytest.mark.model]
 
 NAMES = [path.stem for path in NOTEBOOKS]
 TRAIN_ROWS, EVAL_ROWS, STEPS = 8, 4, 2
+NEW_TOKENS = 8
 ALL_SECONDS = 800
 STAGE_SECONDS = 240
 UNCHANGED_SECONDS = 15
@@ -156,6 +157,7 @@ def arguments(tmp_path_factory: pytest.TempPathFactory) -> list[str]:
         "rows": TRAIN_ROWS,
         "max_steps": STEPS,
         "evals_per_run": 1,
+        "max_new_tokens": NEW_TOKENS,
         "dry_run": "true",
     }
     return [word for key, value in parameters.items() for word in ("-p", key, str(value))]
@@ -273,7 +275,7 @@ def test_the_curve_is_a_picture(run: Run) -> None:
 def test_pictures_say_in_words_what_they_show(run: Run, name: str) -> None:
     outputs = [o for c in run.notebook(name).of_type("code") for o in c["outputs"]]
     pictures = [o["data"] for o in outputs if "image/png" in o.get("data", {})]
-    assert pictures or name == "04_format_data", "no picture"
+    assert pictures or name == "07_chat_and_export", "no picture"
     sentences = ["".join(data.get("text/plain", "")) for data in pictures]
     assert [s for s in sentences if len(s.split()) < 4 or s.startswith("<")] == []
 
@@ -286,6 +288,28 @@ def test_the_question_was_answered_before_and_after(run: Run) -> None:
     # the summary shows them
     assert answers["question"] in run.text
     assert answers["after"].splitlines()[0] in run.text
+
+
+def test_the_model_was_saved_in_forms_that_others_read(run: Run) -> None:
+    from gguf import GGUFReader
+    from safetensors import safe_open
+
+    shards = sorted((run.out / "merged").glob("*.safetensors"))
+    with safe_open(shards[0], "pt") as weights:
+        names = set(weights.keys())
+        # the adapter is in the weights, and nothing is quantised
+        assert not [name for name in names if "lora" in name or "absmax" in name]
+        assert "BF16" in str(weights.get_slice("model.embed_tokens.weight").get_dtype())
+    (path,) = (run.out / "gguf").glob("*.gguf")
+    kinds = {tensor.name: tensor.tensor_type.name for tensor in GGUFReader(path).tensors}
+    assert kinds["blk.0.ffn_down.weight"] == "Q8_0"
+    assert path.name in (run.out / "gguf" / "Modelfile").read_text(encoding="utf-8")
+
+
+def test_the_chat_is_in_the_saved_notebook(run: Run) -> None:
+    printed = run.printed("07_chat_and_export")
+    assert "You: What is QLoRA?" in printed
+    assert re.search(r"Model: \S", printed)
 
 
 def test_a_second_run_changes_nothing(run: Run, arguments: list[str]) -> None:

@@ -1,0 +1,147 @@
+"""Answers: alone, together, in pieces; where they end, and what state the model is left in."""
+
+from __future__ import annotations
+
+import threading
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+torch = pytest.importorskip("torch")
+pytest.importorskip("transformers")
+
+from colab_qlora import FastLanguageModel, UserError  # noqa: E402
+from colab_qlora.generation import (  # noqa: E402
+    ask,
+    ask_many,
+    end_tokens,
+    generate_options,
+    prompt_tokens,
+    stream,
+)
+
+pytestmark = pytest.mark.model
+QUESTIONS = [
+    "What is the capital of France?",
+    "Name three colours.",
+    [{"role": "system", "content": "Be brief."}, {"role": "user", "content": "What is 2 + 2?"}],
+]
+
+
+@pytest.fixture(scope="module")
+def loaded(embedded_folder: Path) -> tuple[Any, Any]:
+    """The embedded model with an adapter that says something, in training mode."""
+    model, tokenizer = FastLanguageModel.from_pretrained(
+        "embedded", 256, dtype="float32", load_in_4bit=False
+    )
+    model = FastLanguageModel.get_peft_model(model, r=4, use_gradient_checkpointing=False)
+    torch.manual_seed(0)
+    for name, parameter in model.named_parameters():
+        if "lora_B" in name:
+            parameter.data.normal_(std=0.003)
+    return model, tokenizer
+
+
+def test_many_are_answered_as_one_by_one(loaded):
+    model, tokenizer = loaded
+    together = ask_many(model, tokenizer, QUESTIONS, max_new_tokens=12)
+    assert "Paris" in together[0]
+    assert together == [ask(model, tokenizer, q, max_new_tokens=12) for q in QUESTIONS]
+
+
+def test_padding_on_the_left_leaves_the_next_tokens_logits(loaded):
+    model, tokenizer = loaded
+    inputs = prompt_tokens(model, tokenizer, QUESTIONS)
+    assert not bool(inputs["attention_mask"].all()), "prompts of one length prove nothing"
+    assert bool(inputs["attention_mask"][:, -1].all())
+    model.eval()
+    with torch.no_grad():
+        # as generate does: positions count tokens, not places
+        positions = (inputs["attention_mask"].cumsum(-1) - 1).clamp(min=0)
+        together = model(**inputs, position_ids=positions).logits[:, -1]
+        for i, question in enumerate(QUESTIONS):
+            alone = model(**prompt_tokens(model, tokenizer, [question])).logits[:, -1]
+            assert float((together[i] - alone[0]).abs().max()) < 1e-3
+    model.train()
+
+
+def test_pieces_make_the_same_answer(loaded):
+    model, tokenizer = loaded
+    pieces = list(stream(model, tokenizer, QUESTIONS[0], max_new_tokens=12))
+    assert len(pieces) > 2
+    assert "".join(pieces).strip() == ask(model, tokenizer, QUESTIONS[0], max_new_tokens=12)
+
+
+def test_a_stream_can_be_stopped(loaded):
+    model, tokenizer = loaded
+    whole = "".join(stream(model, tokenizer, QUESTIONS[1], max_new_tokens=24))
+    stop = threading.Event()
+    pieces = []
+    for piece in stream(model, tokenizer, QUESTIONS[1], max_new_tokens=24, stop=stop):
+        pieces.append(piece)
+        stop.set()
+    cut = "".join(pieces)
+    assert whole.startswith(cut) and len(cut) < len(whole)
+    # and closing it early is enough
+    running = stream(model, tokenizer, QUESTIONS[1], max_new_tokens=24)
+    next(running)
+    running.close()
+    assert model.training
+
+
+def test_an_error_while_writing_reaches_the_reader(loaded, monkeypatch):
+    model, tokenizer = loaded
+
+    def fail(**kwargs: Any) -> None:
+        raise RuntimeError("no memory left")
+
+    monkeypatch.setattr(model, "generate", fail)
+    with pytest.raises(RuntimeError, match="no memory left"):
+        list(stream(model, tokenizer, "Hello"))
+    assert model.training
+
+
+def test_the_model_is_left_as_it_was(loaded):
+    model, tokenizer = loaded
+    had_cache = model.config.use_cache
+    for mode in (True, False):
+        model.train(mode)
+        ask(model, tokenizer, "Hello", max_new_tokens=1)
+        assert (model.training, model.config.use_cache) == (mode, had_cache)
+    model.train()
+
+
+def test_an_answer_ends_at_the_tokenizers_end_too(loaded, monkeypatch):
+    """As after a chat template with another end of turn than the model's own."""
+    model, tokenizer = loaded
+    usual = ask(model, tokenizer, QUESTIONS[0], max_new_tokens=24)
+    other = tokenizer.convert_tokens_to_ids("<|endoftext|>")
+    monkeypatch.setattr(model.generation_config, "eos_token_id", other)
+    assert end_tokens(model, tokenizer) == sorted([other, tokenizer.eos_token_id])
+    assert ask(model, tokenizer, QUESTIONS[0], max_new_tokens=24) == usual
+    inputs = prompt_tokens(model, tokenizer, QUESTIONS[:1])
+    options = generate_options(model, tokenizer, 24, {}) | {"eos_token_id": other}
+    runs_on = model.generate(**inputs, **options)[0, inputs["input_ids"].shape[1] :]
+    assert len(runs_on) > len(tokenizer(usual)["input_ids"]) + 1, "it ended by itself"
+
+
+def test_sampling_is_off_without_a_temperature(loaded):
+    model, tokenizer = loaded
+    greedy = generate_options(model, tokenizer, 8, {})
+    assert (greedy["do_sample"], greedy["temperature"]) == (False, None)
+    drawn = generate_options(model, tokenizer, 8, {"temperature": 0.7, "top_p": 0.9})
+    assert (drawn["do_sample"], drawn["temperature"], drawn["top_p"]) == (True, 0.7, 0.9)
+    assert generate_options(model, tokenizer, 8, {"temperature": 0})["do_sample"] is False
+    with pytest.raises(UserError, match="temperature is negative"):
+        generate_options(model, tokenizer, 8, {"temperature": -1})
+
+
+def test_what_cannot_be_answered_is_refused(loaded, monkeypatch):
+    model, tokenizer = loaded
+    assert ask_many(model, tokenizer, []) == []
+    with pytest.raises(UserError, match="a prompt has no tokens"):
+        ask(model, tokenizer, "", prompt_template="{}")
+    monkeypatch.setattr(tokenizer, "chat_template", None)
+    with pytest.raises(UserError, match="no chat template for a conversation"):
+        ask(model, tokenizer, QUESTIONS[2])
