@@ -70,18 +70,29 @@ class ChatBox:
     ) -> None:
         self._model, self._tokenizer, self._options = model, tokenizer, options
         self._system = [{"role": "system", "content": system}] if system else []
-        self.messages: list[dict[str, str]] = list(self._system)
+        self.messages = [dict(message) for message in self._system]
         self._shown = DisplaySlot()
         self._widgets: dict[str, Any] | None = None
         self._stop, self._worker = threading.Event(), threading.Thread()
 
     def say(self, words: str) -> str:
-        """Add the user's words, and return the model's answer, which is added too."""
+        """Add the user's words, and return the model's answer, which is added too.
+
+        Raises:
+            UserError: no words, or an answer that a click asked for is still being written.
+        """
+        self._check_idle()
+        self._stop.clear()
         return self._answer(words, lambda: None)
 
     def clear(self) -> None:
-        """Begin anew, with the system's words alone."""
-        self.messages = list(self._system)
+        """Begin anew, with the system's words alone.
+
+        Raises:
+            UserError: as `say`.
+        """
+        self._check_idle()
+        self.messages = [dict(message) for message in self._system]
         self._show("")
 
     @property
@@ -113,26 +124,31 @@ class ChatBox:
         """Nothing is left in the conversation of a question that could not be answered."""
         if not words.strip():
             raise UserError("there is nothing to answer", got=repr(words), allowed="some words")
-        self.messages.append({"role": "user", "content": words.strip()})
-        asked = list(self.messages)
-        self.messages.append({"role": "assistant", "content": ""})
-        self._stop.clear()
+        messages, before = self.messages, list(self.messages)
+        asked = [*before, {"role": "user", "content": words.strip()}]
+        answer = {"role": "assistant", "content": ""}
+        messages[:] = [*asked, answer]
         try:
             pieces = stream(self._model, self._tokenizer, asked, stop=self._stop, **self._options)
             for piece in pieces:
-                self.messages[-1]["content"] += piece
+                answer["content"] += piece
                 show()
         except BaseException:
-            del self.messages[-2:]
+            messages[:] = before
             raise
-        self.messages[-1]["content"] = self.messages[-1]["content"].strip()
-        return self.messages[-1]["content"]
+        answer["content"] = answer["content"].strip()
+        return answer["content"]
+
+    def _check_idle(self) -> None:
+        if self._worker.is_alive():
+            raise UserError("the model is still writing", do="Wait for it, or press Stop first")
 
     def _send(self) -> None:
         words = self.controls["words"].value
         if self._worker.is_alive() or not words.strip():
             return
         self.controls["words"].value = ""
+        self._stop.clear()
         self._set_busy(True)
         self._worker = threading.Thread(target=self._answer_click, args=(words,), daemon=True)
         self._worker.start()

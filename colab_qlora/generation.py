@@ -11,11 +11,14 @@ import threading
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
+from weakref import WeakKeyDictionary
 
 from colab_qlora.errors import UserError
 
 # a question, or a conversation as [{"role": "user", "content": "..."}, ...]
 Prompt = str | Sequence[Mapping[str, Any]]
+# model -> answers that are under way, and (training mode, key-value cache) before the first
+_ANSWERING: WeakKeyDictionary[Any, tuple[int, tuple[bool, bool]]] = WeakKeyDictionary()
 
 
 def ask(
@@ -68,8 +71,10 @@ def ask_many(
     """
     if not questions:
         return []
+    import torch
+
     inputs = prompt_tokens(model, tokenizer, questions, prompt_template)
-    with answering(model):
+    with answering(model), torch.inference_mode():
         output = model.generate(
             **inputs, **generate_options(model, tokenizer, max_new_tokens, sampling)
         )
@@ -90,36 +95,29 @@ def stream(
     """Yield the answer in pieces, word by word, as it is computed; arguments as for `ask`.
 
     Args:
-        stop: once it is set, or once the iterator is closed, no further token is computed.
+        stop: once it is set, or once the iterator is closed, no further token is computed. It is
+            read only, so that the caller clears it before the next answer.
 
     Example:
         >>> for piece in stream(model, tokenizer, "What is QLoRA?"):
         ...     print(piece, end="", flush=True)
     """
-    from transformers import StoppingCriteria, StoppingCriteriaList, TextIteratorStreamer
-
-    halt = stop or threading.Event()
-
-    class Halt(StoppingCriteria):
-        def __call__(self, input_ids: Any, scores: Any, **kwargs: Any) -> Any:
-            import torch
-
-            rows = input_ids.shape[0]
-            return torch.full((rows,), halt.is_set(), dtype=torch.bool, device=input_ids.device)
+    from transformers import TextIteratorStreamer
 
     inputs = prompt_tokens(model, tokenizer, [question], prompt_template)
     options = generate_options(model, tokenizer, max_new_tokens, sampling)
     pieces = TextIteratorStreamer(tokenizer, skip_prompt=True, skip_special_tokens=True)
+    closed = threading.Event()
+    _halt_when(options, (closed,) if stop is None else (closed, stop))
     failures: list[BaseException] = []
 
     def write() -> None:
+        import torch
+
         try:
-            model.generate(
-                **inputs,
-                **options,
-                streamer=pieces,
-                stopping_criteria=StoppingCriteriaList([Halt()]),
-            )
+            # of this thread alone: the reader may compute gradients between two pieces
+            with torch.inference_mode():
+                model.generate(**inputs, **options, streamer=pieces)
         except BaseException as error:  # handed to the thread that reads
             failures.append(error)
             pieces.end()
@@ -130,10 +128,27 @@ def stream(
         try:
             yield from (piece for piece in pieces if piece)
         finally:
-            halt.set()
+            closed.set()
             writer.join()
     if failures:
         raise failures[0]
+
+
+def _halt_when(options: dict[str, Any], events: Sequence[threading.Event]) -> None:
+    """Add to what generate is told that it stops once one of the events is set."""
+    from transformers import StoppingCriteria, StoppingCriteriaList
+
+    class Halt(StoppingCriteria):
+        def __call__(self, input_ids: Any, scores: Any, **kwargs: Any) -> Any:
+            import torch
+
+            is_over = any(event.is_set() for event in events)
+            return torch.full(
+                (input_ids.shape[0],), is_over, dtype=torch.bool, device=input_ids.device
+            )
+
+    given = options.get("stopping_criteria") or ()
+    options["stopping_criteria"] = StoppingCriteriaList([*given, Halt()])
 
 
 def prompt_tokens(
@@ -151,8 +166,7 @@ def prompt_tokens(
 
     texts = [_prompt_text(tokenizer, question, prompt_template) for question in questions]
     # a chat template writes the first token itself
-    is_chat = prompt_template is None and bool(tokenizer.chat_template)
-    rows = [tokenizer(text, add_special_tokens=not is_chat)["input_ids"] for text in texts]
+    rows = [tokenizer(text, add_special_tokens=not is_chat)["input_ids"] for text, is_chat in texts]
     if empty := [i for i, ids in enumerate(rows) if not ids]:
         raise UserError(
             "a prompt has no tokens", got=repr(questions[empty[0]]), allowed="one token or more"
@@ -173,17 +187,22 @@ def generate_options(
     temperature = options.pop("temperature", None)
     if temperature is not None and temperature < 0:
         raise UserError("temperature is negative", got=temperature, allowed="0 (greedy) or more")
+    if options.get("do_sample") and temperature == 0:
+        raise UserError(
+            "nothing can be drawn at temperature 0", got="do_sample=True", allowed="more than 0"
+        )
     options.setdefault("do_sample", bool(temperature))
     if options["do_sample"]:
-        options["temperature"] = temperature or 1.0
+        options["temperature"] = 1.0 if temperature is None else temperature
     else:
         # the model's own generation config may have them, and transformers warns that they idle
         options |= {name: None for name in ("temperature", "top_p", "top_k") if name not in options}
-    return options | {
+    usual = {
         "max_new_tokens": max_new_tokens,
         "eos_token_id": end_tokens(model, tokenizer),
         "pad_token_id": tokenizer.pad_token_id,
     }
+    return usual | options
 
 
 def end_tokens(model: Any, tokenizer: Any) -> list[int]:
@@ -195,24 +214,32 @@ def end_tokens(model: Any, tokenizer: Any) -> list[int]:
 
 @contextmanager
 def answering(model: Any) -> Iterator[None]:
-    """Evaluation mode with a key-value cache and without gradients, for the block."""
-    import torch
+    """Evaluation mode with a key-value cache, for the block.
 
-    was_training, had_cache = model.training, model.config.use_cache
+    Blocks of several answers may overlap in any order: the last one to end brings back what the
+    first one found.
+    """
+    count, found = _ANSWERING.get(model, (0, (model.training, model.config.use_cache)))
+    _ANSWERING[model] = (count + 1, found)
     model.eval()
     model.config.use_cache = True
     try:
-        with torch.inference_mode():
-            yield
+        yield
     finally:
-        model.config.use_cache = had_cache
-        model.train(was_training)
+        count, (was_training, had_cache) = _ANSWERING.pop(model)
+        if count > 1:
+            _ANSWERING[model] = (count - 1, found)
+        else:
+            model.config.use_cache = had_cache
+            model.train(was_training)
 
 
-def _prompt_text(tokenizer: Any, question: Prompt, prompt_template: str | None) -> str:
+def _prompt_text(tokenizer: Any, question: Prompt, prompt_template: str | None) -> tuple[str, bool]:
+    """The prompt, and whether a chat template wrote it."""
     if isinstance(question, str):
         if prompt_template is not None or not tokenizer.chat_template:
-            return (prompt_template or "{}").format(question)
+            # no format(): a template may hold braces of its own
+            return (prompt_template or "{}").replace("{}", question, 1), False
         question = [{"role": "user", "content": question}]
     if not tokenizer.chat_template:
         raise UserError(
@@ -223,4 +250,4 @@ def _prompt_text(tokenizer: Any, question: Prompt, prompt_template: str | None) 
     text = tokenizer.apply_chat_template(
         [dict(message) for message in question], tokenize=False, add_generation_prompt=True
     )
-    return str(text)
+    return str(text), True

@@ -45,6 +45,8 @@ def test_a_conversation_grows(heard):
     assert [message["role"] for message in heard[1]] == ["system", "user", "assistant", "user"]
     assert heard[1][2]["content"] == "I read 2 messages." and heard[1][3]["content"] == "And now?"
     chat.clear()
+    chat.messages[0]["content"] += " Or not."
+    chat.clear()
     assert chat.messages == [{"role": "system", "content": "Be kind."}]
 
 
@@ -82,6 +84,9 @@ def test_stop_keeps_what_was_written(heard):
             break
         threading.Event().wait(0.01)
     assert [chat.controls[n].disabled for n in ("send", "stop", "clear")] == [True, False, True]
+    for act in (chat.clear, lambda: chat.say("me too")):
+        with pytest.raises(UserError, match="still writing"):
+            act()
     chat.controls["stop"].click()
     chat.wait()
     assert chat.messages[-1]["content"] == "I read"

@@ -83,11 +83,63 @@ def test_a_stream_can_be_stopped(loaded):
         stop.set()
     cut = "".join(pieces)
     assert whole.startswith(cut) and len(cut) < len(whole)
+    # an answer that ends by itself leaves the caller's event alone
+    stop.clear()
+    assert "".join(stream(model, tokenizer, QUESTIONS[1], max_new_tokens=24, stop=stop)) == whole
+    assert not stop.is_set()
     # and closing it early is enough
     running = stream(model, tokenizer, QUESTIONS[1], max_new_tokens=24)
     next(running)
     running.close()
     assert model.training
+
+
+def test_gradients_can_be_computed_between_two_pieces(loaded):
+    model, tokenizer = loaded
+    weight = torch.ones(2, requires_grad=True)
+    first = stream(model, tokenizer, QUESTIONS[0], max_new_tokens=4)
+    second = stream(model, tokenizer, QUESTIONS[1], max_new_tokens=4)
+    for running in (first, second):
+        next(running)
+        assert not torch.is_inference_mode_enabled()
+        (weight * 2).sum().backward()
+    for running in (first, second):
+        list(running)
+    assert model.training, "the second one began while the first was under way"
+    assert torch.is_grad_enabled() and not torch.is_inference_mode_enabled()
+    assert weight.grad.tolist() == [4.0, 4.0]
+
+
+def test_a_chat_beside_a_template_gets_one_start_token(loaded):
+    model, tokenizer = loaded
+
+    class Starting:
+        """The same tokenizer, as those of Llama and Gemma that begin texts with a token."""
+
+        chat_template = tokenizer.chat_template
+
+        def __getattr__(self, name):
+            return getattr(tokenizer, name)
+
+        def __call__(self, text, add_special_tokens=True):
+            ids = tokenizer(text)["input_ids"]
+            return {"input_ids": [start, *ids] if add_special_tokens else ids}
+
+    start = len(tokenizer) - 1  # of no text
+    prompts = [QUESTIONS[2], "plain"]
+    found = prompt_tokens(model, Starting(), prompts, prompt_template="Q: {}\nA:")["input_ids"]
+    assert (found == start).sum(dim=1).tolist() == [0, 1]
+
+
+def test_what_the_user_asks_of_generate_is_followed(loaded):
+    model, tokenizer = loaded
+    asked = {"eos_token_id": 7, "pad_token_id": 8, "max_length": 5}
+    found = generate_options(model, tokenizer, 8, asked)
+    assert {name: found[name] for name in asked} == asked
+    with pytest.raises(UserError, match="nothing can be drawn at temperature 0"):
+        generate_options(model, tokenizer, 8, {"do_sample": True, "temperature": 0})
+    text = ask(model, tokenizer, "x", prompt_template='{"a": {}}', max_new_tokens=1)
+    assert isinstance(text, str)
 
 
 def test_an_error_while_writing_reaches_the_reader(loaded, monkeypatch):

@@ -62,7 +62,9 @@ class Dropped:
 
 def _share_of_steps(value: Any) -> float:
     if isinstance(value, bool) or not isinstance(value, int | float) or not 0 <= value < 1:
-        raise UserError("warmup_ratio is not a share of the steps", got=value, allowed="0 to 1")
+        raise UserError(
+            "warmup_ratio is not a share of the steps", got=value, allowed="0 or more, below 1"
+        )
     return float(value)
 
 

@@ -36,8 +36,17 @@ def packing_fields(args: Any, say: Callable[[str], None]) -> dict[str, Any]:
     Args:
         args: an SFTConfig.
         say: told if documents will see each other all the same, because that was asked for.
+
+    Raises:
+        UserError: rows are to be joined and cut at their start.
     """
     if not args.packing:
+        if args.padding_free and getattr(args, "truncation_mode", "keep_start") != "keep_start":
+            raise UserError(
+                "rows that are joined keep their start",
+                got=f"truncation_mode={args.truncation_mode!r} with padding_free=True",
+                do="Leave one of the two out",
+            )
         if args.eval_packing:
             say("eval_packing=True is left out: eval rows are packed where train rows are")
         return {"eval_packing": False} if args.eval_packing else {}

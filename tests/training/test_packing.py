@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -13,7 +14,7 @@ pytest.importorskip("trl")
 from trainer_helpers import losses_of  # noqa: E402
 
 from colab_qlora import UserError  # noqa: E402
-from colab_qlora.training.packing import padding_share  # noqa: E402
+from colab_qlora.training.packing import packing_fields, padding_share  # noqa: E402
 
 pytestmark = pytest.mark.model
 # of many lengths, all in one batch, so that every way of laying them out sees the same documents
@@ -130,6 +131,14 @@ def test_rows_that_lose_their_end_are_counted(make_trainer, tmp_path):
         assert bool([n for n in trainer.notes if "lose their end" in n]) is is_cut
         kept = sum(len(row) for row in trainer.train_dataset["input_ids"])
         assert (kept < 64 * 4) is is_cut, kept
+
+
+def test_joined_rows_that_are_to_keep_their_end_are_refused():
+    args = SimpleNamespace(
+        packing=False, padding_free=True, eval_packing=None, truncation_mode="keep_end"
+    )
+    with pytest.raises(UserError, match="rows that are joined keep their start"):
+        packing_fields(args, print)
 
 
 @pytest.mark.parametrize("name", ["packing", "padding_free"])
