@@ -118,7 +118,7 @@ class Int8Products:
 
 
 def hide_from_products(beside: torch.Tensor) -> None:
-    """Zero columns beside a matrix that are not written yet, where a product may read them.
+    """Zero new memory that may stand beside a matrix, where a product may read it.
 
     oneDNN's bfloat16 products for AMX (torch 2.13) read rows in steps of up to 32 columns and
     multiply what is too much by zero, which gives nan where the memory happens to hold one.

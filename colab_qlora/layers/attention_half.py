@@ -25,7 +25,7 @@ from colab_qlora.layers.layer_parts import LayerParts, Pass
 from colab_qlora.layers.linear_group import LinearGroup
 from colab_qlora.layers.norm import norm_backward, normed
 from colab_qlora.layers.saved import SavedTensors
-from colab_qlora.layers.scratch import Wide, wide_of
+from colab_qlora.layers.scratch import Wide, new_rows, wide_of
 
 Heads = tuple[torch.Tensor, torch.Tensor, torch.Tensor]
 
@@ -98,7 +98,7 @@ def attention_half_backward(
         backend=run.backend,
     )
     width = parts.qkv.out_features
-    dy = wide_of(do.new_empty((tokens, width + parts.qkv.spare_columns(do.device))), width)
+    dy = wide_of(new_rows(do, (tokens, width + parts.qkv.spare_columns(do.device))), width)
     d_heads = _heads(dy.main, parts)
     _place(found, d_heads, parts, run)
     del found  # as large as what it was placed into

@@ -25,7 +25,7 @@ from colab_qlora.layers.gradients import Gradients
 from colab_qlora.layers.layer_parts import LayerParts, Pass
 from colab_qlora.layers.mlp_half import mlp_half, mlp_half_backward
 from colab_qlora.layers.saved import SavedTensors
-from colab_qlora.layers.scratch import Wide, wide_of
+from colab_qlora.layers.scratch import Wide, new_rows, wide_of
 
 
 def layer_forward(
@@ -116,7 +116,7 @@ def _widened(dh: torch.Tensor, parts: LayerParts, run: Pass) -> Wide:
         tokens, width = flat.shape
         # only the last layer of a model comes here: no scratch, which would stand by for good
         room = parts.down.spare_columns(dh.device)
-        wide = wide_of(dh.new_empty((tokens, width + room)), width)
+        wide = wide_of(new_rows(dh, (tokens, width + room)), width)
         copy_rows(flat if flat.stride(1) == 1 else flat.contiguous(), wide.main)
     return wide
 

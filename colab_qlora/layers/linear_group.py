@@ -25,7 +25,6 @@ from typing import Any
 
 import torch
 
-from colab_qlora.kernels.weight_products import hide_from_products
 from colab_qlora.layers.decode import GroupDecoder
 from colab_qlora.layers.gemm import accumulate, multiply_into, parameter_gradient
 from colab_qlora.layers.gradients import Gradients
@@ -271,7 +270,6 @@ class LinearGroup:
         if span is None:
             span = Span((), 0, 0)  # no weight, but its border holds A all the same
         weight = self._decoder.decoded(span, x, spare.shape[1], is_backward=False)
-        hide_from_products(spare)
         torch.mm(x, weight.a_transposed, out=spare)
         for _, column, block in self.blocks:
             if not block.dropout:

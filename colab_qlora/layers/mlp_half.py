@@ -25,7 +25,7 @@ from colab_qlora.layers.layer_parts import LayerParts, Pass, token_chunks
 from colab_qlora.layers.linear_group import GroupCall
 from colab_qlora.layers.norm import norm_backward, normed
 from colab_qlora.layers.saved import SavedTensors
-from colab_qlora.layers.scratch import Wide, wide_of
+from colab_qlora.layers.scratch import Wide, new_rows, wide_of
 
 # gradients by a block's first column and "a" or "b"
 Known = dict[tuple[int, str], torch.Tensor]
@@ -47,7 +47,7 @@ def _through(h1: torch.Tensor, parts: LayerParts, run: Pass, saved: SavedTensors
     is_normed = parts.branch_norms is not None
     kept = None
     if saved.plan >= {"gate", "up"}:
-        kept = h1.new_empty((h1.shape[0], _buffer_width(parts, h1)))
+        kept = new_rows(h1, (h1.shape[0], _buffer_width(parts, h1)))
     for rows in token_chunks(h1.shape[0], run.mlp_chunks.forward):
         wide, rstd = _normed(_part(h1, rows), parts, run)
         pieces.put("rstd2", rows, rstd)
@@ -308,7 +308,7 @@ def _buffer_width(parts: LayerParts, like: torch.Tensor) -> int:
 
 def _new_buffer(like: torch.Tensor, parts: LayerParts) -> torch.Tensor:
     """A buffer [gate | up | spare]; no scratch, since the attention half needs the memory too."""
-    return like.new_empty((like.shape[0], _buffer_width(parts, like)))
+    return new_rows(like, (like.shape[0], _buffer_width(parts, like)))
 
 
 def _halves(buffer: torch.Tensor, parts: LayerParts) -> tuple[torch.Tensor, torch.Tensor]:

@@ -13,6 +13,8 @@ from typing import Any, NamedTuple, TypeVar
 
 import torch
 
+from colab_qlora.kernels.weight_products import hide_from_products
+
 T = TypeVar("T")
 
 # views of one slot in as many shapes; batches of ever new lengths add some
@@ -30,6 +32,13 @@ class Wide(NamedTuple):
 def wide_of(whole: torch.Tensor, width: int) -> Wide:
     """The parts of a tensor whose first `width` columns are the main ones."""
     return Wide(whole, whole[:, :width], whole[:, width:])
+
+
+def new_rows(like: torch.Tensor, shape: tuple[int, int]) -> torch.Tensor:
+    """New memory in dtype and on the device of `like`, of which products may read parts of rows."""
+    made = like.new_empty(shape)
+    hide_from_products(made)
+    return made
 
 
 class Scratch:
@@ -70,9 +79,7 @@ class Scratch:
         It is handed to whatever computes next; if that is a fused layer again, `taken` finds the
         room beside it, and a copy is saved.
         """
-        whole = torch.empty(
-            (like.shape[0], like.shape[1] + spare), dtype=like.dtype, device=like.device
-        )
+        whole = new_rows(like, (like.shape[0], like.shape[1] + spare))
         self._offered = (whole.data_ptr(), tuple(whole.shape))
         return whole[:, : like.shape[1]]
 
@@ -110,6 +117,7 @@ class Scratch:
             self._views.clear()
             held = None
             held = torch.empty(numbers, dtype=dtype, device=device)
+            hide_from_products(held)
             self._slots[key] = held
         return held[:numbers].view(shape)
 

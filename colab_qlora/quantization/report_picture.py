@@ -6,6 +6,7 @@ colour alone: rungs differ in lightness and hatch, and bars carry their numbers.
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 from colab_qlora.curves.picture.sheet import DPI, LINE_PX, Sheet
@@ -71,7 +72,9 @@ def _title(report: QuantizationReport) -> str:
 
 
 def _subtitle(report: QuantizationReport) -> str:
-    parts = [report.source_name] if report.source_name else []
+    # of a folder its own name: a picture is shown elsewhere
+    name = Path(report.source_name).name if Path(report.source_name).is_absolute() else ""
+    parts = [name or report.source_name] if report.source_name else []
     if report.budget:
         parts.append(f"budget {report.budget}")
     if not report.has_prices:

@@ -6,7 +6,7 @@ import random
 import pytest
 
 from colab_qlora.data.alpaca import format_alpaca, format_chat
-from colab_qlora.data.audit import audit_lengths, check_labels
+from colab_qlora.data.audit import audit_lengths, check_labels, length_report
 from colab_qlora.data.encode import encode
 
 EOS = "<|im_end|>"
@@ -58,6 +58,12 @@ def test_counts_on_lengths_known_by_hand():
     assert report.labelled_share == pytest.approx(4 / 23)
     assert report.smallest_max_seq_length == 9
     assert report.max_seq_length == 7
+
+
+def test_rows_that_are_tokenised_already_give_the_same_report():
+    examples = [pair(4, 2), pair(6, 4), pair(2, 1), pair(8, 3)]
+    pairs = [(6, 4), (10, 6), (3, 2), (11, 8)]
+    assert length_report(pairs, 7) == audit_lengths(examples, CharacterTokenizer(), 7)
 
 
 def test_a_row_as_long_as_the_window_is_not_truncated():
@@ -237,7 +243,9 @@ def test_bad_arguments(refused):
     for value in (0, -1, 2.0, "512", None, True):
         message = refused(audit_lengths, [pair(1, 1)], tokenizer, value)
         assert f"max_seq_length is not a number of tokens: got {value!r};" in message
+    assert "max_seq_length is not a number" in refused(length_report, [(2, 1)], 0)
     assert "there is no example to audit" in refused(audit_lengths, [], tokenizer, 8)
+    assert "there is no example to audit" in refused(length_report, [], 8)
     report = audit_lengths([pair(1, 1)], tokenizer, 8)
     assert "on is unknown: got 'raise'; allowed: 'error'" in refused(check_labels, report, "raise")
 

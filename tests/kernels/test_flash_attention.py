@@ -137,13 +137,17 @@ def test_as_exact_as_stock(name: str, backend: str, dtype: torch.dtype) -> None:
     tokens = sum(case.lengths)
     # "one token" has gradients of zero
     terms = cancelling([x[:tokens] for x in tensors], _options(case)["scale"])
+    # a score of 100 is off by 50 eps before exp() sees it, in another way for each order of sums
+    roundings = 8 if case.strength > 1 and dtype == torch.float32 else None
     for label, mine, theirs, exact in zip(NAMES, got, stock, truth, strict=True):
         assert mine.dtype == (torch.float32 if label == "lse" else dtype)
         rows = mine.t() if label == "lse" else mine
         assert rows.shape[0] == tokens + case.padding
         assert (rows[tokens:] == 0).all(), f"{label} of the padding is not 0"
         known = rows[:tokens].t() if label == "lse" else rows[:tokens]
-        assert_as_exact_as_stock(known, theirs, exact, label, terms=terms.get(label))
+        assert_as_exact_as_stock(
+            known, theirs, exact, label, terms=terms.get(label), roundings=roundings
+        )
 
 
 @pytest.mark.parametrize("name", ["4:1, 64", "2:1, 24", "large scores, not causal"])

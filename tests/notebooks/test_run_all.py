@@ -205,7 +205,7 @@ def test_changed_sample_data_are_a_change(house: Callable[..., list[str]], tmp_p
     house()
     (tmp_path / "house" / "data_samples" / "train.jsonl").write_text('{"instruction": "c"}\n')
     again = house()
-    assert again[-3:] == NAMES[4:]
+    assert again[-len(NAMES[4:]) :] == NAMES[4:]
 
 
 def test_a_changed_data_file_of_ones_own_is_a_change(
@@ -216,7 +216,7 @@ def test_a_changed_data_file_of_ones_own_is_a_change(
     house("-p", "train_file", str(mine))
     mine.write_text('{"instruction": "a", "output": "a better answer"}\n')
     again = house("-p", "train_file", str(mine))
-    assert again[-3:] == NAMES[4:]
+    assert again[-len(NAMES[4:]) :] == NAMES[4:]
 
 
 def test_a_failure_ends_the_run_and_the_next_one_goes_on_from_there(

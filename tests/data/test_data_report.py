@@ -78,6 +78,36 @@ def test_every_layout_is_taken(rows, tokens, labels):
     assert report.lengths.rows_truncated == 0
 
 
+class CountingWords(Words):
+    """Keeps the texts that it was asked to tokenise."""
+
+    chat_template = None
+
+    def __init__(self):
+        self.texts = []
+
+    def __call__(self, text):
+        self.texts.append(text)
+        return super().__call__(text)
+
+
+def test_every_row_is_tokenised_once():
+    tokenizer = CountingWords()
+    data_report([{"text": "a b c"}, {"text": "d"}], tokenizer, 100)
+    assert tokenizer.texts == ["a b c</s>", "d</s>"]
+    tokenizer = CountingWords()
+    data_report([{"prompt": "a b ", "completion": "c"}], tokenizer, 100)
+    # the whole text, and the prompt alone for the place where labels begin
+    assert sorted(tokenizer.texts) == ["a b ", "a b c</s>"]
+
+
+def test_the_window_is_checked_before_anything_is_tokenised():
+    tokenizer = CountingWords()
+    with pytest.raises(UserError, match="max_seq_length is not a number of tokens: got 0"):
+        data_report([{"text": "a b c"}], tokenizer, 0)
+    assert tokenizer.texts == []
+
+
 def test_alpaca_text_where_there_is_no_chat_template():
     tokenizer = Words()
     tokenizer.chat_template = None
