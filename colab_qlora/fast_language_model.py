@@ -19,7 +19,11 @@ from colab_qlora.models.peer_options import adapter_options, loading_options
 from colab_qlora.models.saved_adapter import is_adapter_folder, load_adapter_folder
 from colab_qlora.models.settings import settings_of
 from colab_qlora.models.smart import bring_embedding_back
-from colab_qlora.models.whole_training import is_trained_whole, train_every_weight
+from colab_qlora.models.whole_training import (
+    is_trained_whole,
+    refuse_quantised_checkpoint,
+    train_every_weight,
+)
 
 
 class FastLanguageModel:
@@ -83,7 +87,9 @@ class FastLanguageModel:
         Example:
             >>> model, tokenizer = FastLanguageModel.from_pretrained("embedded", max_seq_length=512)
         """
-        load_args, trains_all = loading_options(dtype, load_in_4bit, load_in_8bit, kwargs)
+        load_args, trains_all = loading_options(
+            dtype, load_in_4bit, load_in_8bit, kwargs, quantization
+        )
         options: dict[str, Any] = {
             "token": token,
             "device_map": device_map,
@@ -101,6 +107,10 @@ class FastLanguageModel:
             loaded = load_adapter_folder(model_name, max_seq_length, *load_args, **options)
             bind_export_methods(loaded[0])
             return loaded
+        if trains_all is not None:
+            refuse_quantised_checkpoint(
+                model_name, token=token, revision=revision, trust_remote_code=trust_remote_code
+            )
         loaded = load_model_and_tokenizer(model_name, max_seq_length, *load_args, **options)
         bind_export_methods(loaded[0])
         if trains_all is not None:

@@ -89,20 +89,44 @@ def audit_lengths(
             an integer from 1 up.
     """
     check_max_seq_length(max_seq_length)
-    if len(examples) == 0:
+    return length_report(lengths_and_starts(examples, tokenizer), max_seq_length)
+
+
+def lengths_and_starts(
+    examples: Sequence[Mapping[str, Any]], tokenizer: Any
+) -> list[tuple[int, int]]:
+    """(tokens, index of the first token that carries a label) of each example, before truncation.
+
+    Args:
+        examples, tokenizer: as of `audit_lengths`.
+
+    Raises:
+        UserError: an example is in no known form.
+    """
+    encoded = (encode(example, tokenizer) for example in examples)
+    return [(len(ids), label_start) for ids, label_start in encoded]
+
+
+def length_report(pairs: Sequence[tuple[int, int]], max_seq_length: int) -> LengthReport:
+    """Report lengths, truncation and labels of rows that are tokenised already.
+
+    Args:
+        pairs: of each row, what `lengths_and_starts` gives.
+        max_seq_length: tokens that training keeps of each row, from 1 up.
+
+    Raises:
+        UserError: there is no row, or `max_seq_length` is not an integer from 1 up.
+    """
+    check_max_seq_length(max_seq_length)
+    if len(pairs) == 0:
         raise UserError(
             "there is no example to audit",
             got="0 examples",
             allowed="at least one",
             do="Pass what format_alpaca or format_chat returned",
         )
-    lengths: list[int] = []
-    label_starts: list[int] = []
-    for example in examples:
-        ids, label_start = encode(example, tokenizer)
-        lengths.append(len(ids))
-        label_starts.append(label_start)
-
+    lengths = [length for length, _ in pairs]
+    label_starts = [start for _, start in pairs]
     kept = [min(length, max_seq_length) for length in lengths]
     labelled = [max(0, k - start) for k, start in zip(kept, label_starts, strict=True)]
     has_labels = all(s < n for s, n in zip(label_starts, lengths, strict=True))

@@ -12,10 +12,10 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 from colab_qlora.data.alpaca import format_alpaca, format_chat
-from colab_qlora.data.audit import LengthReport, audit_lengths
+from colab_qlora.data.audit import LengthReport, length_report, lengths_and_starts
 from colab_qlora.data.conversations import standardize_data_formats
 from colab_qlora.data.duplicates import DuplicateReport, drop_duplicates
-from colab_qlora.data.encode import encode
+from colab_qlora.data.encode import check_max_seq_length
 from colab_qlora.data.formats import DataFormat, detect_format
 from colab_qlora.data.split import find_overlap
 from colab_qlora.data.wording import counted
@@ -103,19 +103,21 @@ def data_report(
             tokenizer has a chat template.
 
     Raises:
-        UserError: the rows have no known layout, or a row cannot be laid out.
+        UserError: the rows have no known layout, a row cannot be laid out, or `max_seq_length` is
+            not an integer from 1 up.
     """
+    check_max_seq_length(max_seq_length)
     layout = detect_format(rows)
     examples = examples_of(rows, layout, tokenizer, style)
-    pairs = [encode(example, tokenizer) for example in examples]
+    pairs = lengths_and_starts(examples, tokenizer)
     return DataReport(
         layout=layout,
-        lengths=audit_lengths(examples, tokenizer, max_seq_length),
+        lengths=length_report(pairs, max_seq_length),
         duplicates=drop_duplicates(rows)[1],
         overlap=None if eval_rows is None else tuple(find_overlap(rows, eval_rows)),
         scripts=script_shares(examples),
-        row_tokens=tuple(len(ids) for ids, _ in pairs),
-        row_labels=tuple(len(ids) - start for ids, start in pairs),
+        row_tokens=tuple(length for length, _ in pairs),
+        row_labels=tuple(length - start for length, start in pairs),
     )
 
 

@@ -8,7 +8,6 @@ that ending. Rounded weights are never merged into.
 
 from __future__ import annotations
 
-import re
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -20,18 +19,12 @@ from colab_qlora.errors import UserError
 from colab_qlora.export.whole_files import size_words
 from colab_qlora.models.fuse import causal_model
 from colab_qlora.models.loading import locate_checkpoint
-from colab_qlora.models.quiet_import import import_bitsandbytes
 from colab_qlora.models.readable_errors import readable_errors
-from colab_qlora.models.settings import settings_of
-from colab_qlora.quantization.checkpoint_parts import Matrix, compute_dtype_of, parts_of
-from colab_qlora.quantization.merge_checks import check_adapters, check_matrices
 from colab_qlora.quantization.merged_weights import MergedWeights
+from colab_qlora.quantization.own_source import check_same_model, checkpoint_name, name_of_16_bits
 from colab_qlora.quantization.weight_source import WeightSource
 
-_QUANTISED_NAME = re.compile(r"[-_](unsloth-)?bnb-4bit$")
 _FILES = ("model*.safetensors", "model.safetensors.index.json", "config.json")
-# NF4 is off by 9 % of the weights' spread, weights of another model by 140 %
-_LARGEST_ERROR = 0.3
 
 
 def merged_weights(
@@ -68,10 +61,7 @@ def name_in_16_bits(model: Any) -> str | None:
     quantizer = getattr(causal_model(model), "hf_quantizer", None)
     if not getattr(quantizer, "pre_quantized", False):
         return None
-    settings = settings_of(model)
-    name = settings.model_name if settings is not None else model.config._name_or_path
-    plain = _QUANTISED_NAME.sub("", str(name))
-    return plain if plain != name else None
+    return name_of_16_bits(checkpoint_name(model))
 
 
 class _MergedInto(MergedWeights):
@@ -84,33 +74,12 @@ class _MergedInto(MergedWeights):
     """
 
     def __init__(self, model: Any, source: Callable[[str], torch.Tensor], name: str) -> None:
-        check_adapters(model)
-        self.causal = causal_model(model)
-        self.parts = parts_of(self.causal, is_adapted=True)
-        check_matrices(model, self.parts.matrices)
-        self.dtype = compute_dtype_of(model)
-        self.source = source
+        super().__init__(model, source)
+        do = "Pass base_model= with the 16-bit checkpoint that this one was made from"
         for matrix in self.parts.matrices:
             if matrix.is_quantised and not matrix.is_trained_copy:
-                self._check_same_model(matrix, name)
+                check_same_model(matrix.module, self._base(matrix), matrix.name, name, do)
                 break
-
-    @torch.no_grad()
-    def _check_same_model(self, matrix: Matrix, name: str) -> None:
-        """Compare one quantised weight with the checkpoint's."""
-        base, weight = self._base(matrix).float(), matrix.module.weight
-        state = getattr(weight, "quant_state", None)
-        if state is None:
-            return
-        decoded = import_bitsandbytes().functional.dequantize_4bit(weight.data, state)
-        error = float((decoded.cpu().float() - base).norm() / base.norm())
-        if not error <= _LARGEST_ERROR:
-            raise UserError(
-                f"{name} is not the model that was loaded in 4 bits",
-                got=f"{matrix.name} differs by {error:.0%} of its size",
-                allowed=f"{_LARGEST_ERROR:.0%} at most, which is more than 4 bits cost",
-                do="Pass base_model= with the 16-bit checkpoint that this one was made from",
-            )
 
 
 def _fetched(name: str, token: str | None) -> str:

@@ -10,7 +10,9 @@ from colab_qlora.errors import UserError
 from colab_qlora.export.base_weights import merged_weights
 from colab_qlora.export.merged_4bit import planned_4bit, quantization_config
 from colab_qlora.export.options import MEMORY_SHARE, check_options, shard_bytes
-from colab_qlora.export.whole_files import check_new, whole_files
+from colab_qlora.export.whole_files import folder_to_write, whole_files
+from colab_qlora.models.fuse import causal_model
+from colab_qlora.models.settings import settings_of
 from colab_qlora.quantization.checkpoint_parts import plain_config
 from colab_qlora.quantization.merged_weights import MergedWeights
 from colab_qlora.quantization.shard_writer import OTHER_FILES_BYTES, write_checkpoint
@@ -29,6 +31,7 @@ def save_pretrained_merged(
     save_method: str = "merged_16bit",
     *,
     base_model: str | None = None,
+    overwrite: bool = False,
     maximum_memory_usage: float = MEMORY_SHARE,
     max_shard_size: str | int | None = None,
     push_to_hub: bool = False,
@@ -40,8 +43,8 @@ def save_pretrained_merged(
 
     Args:
         model: what `get_peft_model` gave, or a base without adapters; it stays as it is.
-        save_directory: does not exist yet, or is empty. With push_to_hub, the repository's name
-            as well.
+        save_directory: does not exist yet, or is empty, unless `overwrite` is set. With
+            push_to_hub, the repository's name as well.
         tokenizer: is saved with its chat template beside the weights.
         save_method: "lora" writes the adapter (MB); "merged_16bit" the 16-bit checkpoint with the
             adapters added, shard by shard, in the dtype that the model computes in (2 bytes a
@@ -50,6 +53,8 @@ def save_pretrained_merged(
         base_model: folder or hub id of the 16-bit checkpoint to add the adapters to; None for the
             one that the model was loaded from. Of "...-bnb-4bit" the hub's checkpoint without that
             ending is fetched.
+        overwrite: replace a folder of a model or an adapter that is there, once the new one is
+            whole: until then the disk holds both, and if anything fails the old one stays.
         maximum_memory_usage: share of the free host memory, above 0 and at most 1.
         max_shard_size: of a file, as in "5GB"; None for 2 GiB or what the memory allows.
         push_to_hub: upload the folder too.
@@ -75,14 +80,18 @@ def save_pretrained_merged(
         repository, options = open_repository(str(save_directory), token, private, options)
     check_options(options)
     limit = shard_bytes(maximum_memory_usage, max_shard_size)
-    if method == "lora":
-        folder = _save_lora(model, save_directory, tokenizer)
-    else:
-        merge = merged_weights(model, base_model, token)
-        folder = _save_merged(merge, save_directory, tokenizer, limit, method != "merged_16bit")
+    if overwrite:
+        _check_not_source(model, save_directory, base_model)
+    with folder_to_write(save_directory, overwrite) as folder:
+        if method == "lora":
+            _save_lora(model, folder, tokenizer)
+        else:
+            merge = merged_weights(model, base_model, token)
+            _save_merged(merge, folder, tokenizer, limit, method != "merged_16bit")
+    target = Path(save_directory).expanduser()
     if repository is not None:
-        repository.upload(folder)
-    return folder
+        repository.upload(target)
+    return target
 
 
 def check_save_method(save_method: Any) -> str:
@@ -102,7 +111,26 @@ def check_save_method(save_method: Any) -> str:
     return method
 
 
-def _save_lora(model: Any, folder: str | PathLike[str], tokenizer: Any) -> Path:
+def _check_not_source(model: Any, folder: str | PathLike[str], base_model: str | None) -> None:
+    """Raise UserError where `folder` holds the checkpoint that the model's weights are read from.
+
+    A later merge would find merged weights there and add the adapters to them once more.
+    """
+    settings = settings_of(model)
+    names = [base_model, causal_model(model).config._name_or_path]
+    names += [] if settings is None else [settings.model_name]
+    target = Path(folder).expanduser().resolve()
+    sources = [Path(name).expanduser().resolve() for name in names if name]
+    if any(target in (source, *source.parents) for source in sources):
+        raise UserError(
+            f"{folder} is not replaced: the model's own weights are read from it",
+            got="overwrite=True",
+            allowed="any other folder",
+            do="Choose another folder",
+        )
+
+
+def _save_lora(model: Any, folder: Path, tokenizer: Any) -> None:
     if not getattr(model, "peft_config", None):
         raise UserError(
             "the model has no adapter to save",
@@ -110,28 +138,26 @@ def _save_lora(model: Any, folder: str | PathLike[str], tokenizer: Any) -> Path:
             allowed="what get_peft_model gave",
             do='Pass save_method="merged_16bit"',
         )
-    target = check_new(folder)
     adapters = [p for name, p in model.named_parameters() if "lora_" in name or p.requires_grad]
     size = sum(parameter.numel() * parameter.element_size() for parameter in adapters)
-    with whole_files(target, size + OTHER_FILES_BYTES) as partial:
+    with whole_files(folder, size + OTHER_FILES_BYTES) as partial:
         model.save_pretrained(str(partial))
         if tokenizer is not None:
             tokenizer.save_pretrained(str(partial))
-    return target
 
 
 def _save_merged(
     merge: MergedWeights,
-    folder: str | PathLike[str],
+    folder: Path,
     tokenizer: Any,
     max_shard_bytes: int,
     is_4bit: bool,
-) -> Path:
+) -> None:
     config = plain_config(merge.causal, merge.parts, merge.dtype)
     if is_4bit:
         print(_4BIT_COSTS)
         config.quantization_config = quantization_config(merge)
-    return write_checkpoint(
+    write_checkpoint(
         folder,
         planned_4bit(merge) if is_4bit else merge.planned(),
         config=config,

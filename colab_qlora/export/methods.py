@@ -1,14 +1,19 @@
 """The saving functions as methods of one model, as tutorials call them.
 
-They are set on the instance, which holds no copy of anything; no class is changed, and a model that
-was not passed to `bind_export_methods` has none of them. Nothing heavy is imported before a method
-is called.
+They are set on the instance; no class is changed, and a model that was not passed to
+`bind_export_methods` has none of them. A method knows its model by a weak reference: with a strong
+one, model -> method -> model, `del model` would free nothing before Python's garbage collector
+runs. (bitsandbytes' 4-bit linears and their weights are such a circle by themselves: of a model in
+4 bits, gc.collect() frees those.) Nothing heavy is imported before a method is called.
 """
 
 from __future__ import annotations
 
 import importlib
+import weakref
 from typing import Any
+
+from colab_qlora.errors import UserError
 
 # name of the method and of the function -> its module
 METHODS = {
@@ -23,13 +28,30 @@ METHODS = {
 class ExportMethod:
     """One of the functions, called with the model in front.
 
+    A copy or a pickle of the model gets methods of its own.
+
     Args:
-        model: whose method it is.
+        model: whose method it is; it is not kept alive.
         name: of the function.
     """
 
     def __init__(self, model: Any, name: str) -> None:
-        self.model, self.name = model, name
+        self._model, self.name = weakref.ref(model), name
+
+    @property
+    def model(self) -> Any:
+        """Whose method it is.
+
+        Raises:
+            UserError: it was deleted.
+        """
+        model = self._model()
+        if model is None:
+            raise UserError(
+                f"the model that {self.name} is to save was deleted",
+                do="Keep the model in a variable, as in model = ..., and call the method of that",
+            )
+        return model
 
     @property
     def __doc__(self) -> str | None:  # type: ignore[override]
@@ -39,7 +61,18 @@ class ExportMethod:
         return self._function()(self.model, *args, **kwargs)
 
     def __repr__(self) -> str:
-        return f"<colab_qlora.export {self.name} of a {type(self.model).__name__}>"
+        model = self._model()
+        owner = "deleted model" if model is None else type(model).__name__
+        return f"<colab_qlora.export {self.name} of a {owner}>"
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> ExportMethod:
+        # the copy of the model is in the memo if that is what is being copied
+        model = self.model
+        return ExportMethod(memo.get(id(model), model), self.name)
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        # inside a pickled model, a reference to the model that is being rebuilt
+        return ExportMethod, (self.model, self.name)
 
     def _function(self) -> Any:
         module = importlib.import_module(f"colab_qlora.export.{METHODS[self.name]}")

@@ -2,7 +2,8 @@
 
 They are written into a hidden folder beside the target. Whatever stops it before its end (a full
 disk, an interrupt, a weight that cannot be read) removes that folder, and what the target held
-before, an adapter for instance, is as it was.
+before, an adapter for instance, is as it was. Files are moved one by one at the end, and those
+moved are moved back on an error; only a kill in the midst of that leaves some new and some old.
 """
 
 from __future__ import annotations
@@ -12,13 +13,15 @@ import os
 import shutil
 import uuid
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from os import PathLike
 from pathlib import Path
 
 from colab_qlora.errors import UserError
 
 _DISK_FULL = (errno.ENOSPC, errno.EDQUOT)
+# one of them is in every folder of a model or an adapter
+_OF_AN_EXPORT = ("config.json", "adapter_config.json")
 
 
 def check_new(folder: str | PathLike[str]) -> Path:
@@ -35,7 +38,7 @@ def check_new(folder: str | PathLike[str]) -> Path:
             f"{target} is there already, and nothing is overwritten",
             got=f"a folder with {names}" if inside else "a file",
             allowed="a new or an empty folder",
-            do="Choose another folder, or delete this one first",
+            do="Choose another folder, or pass overwrite=True to replace this one by a whole one",
         )
     return target
 
@@ -59,16 +62,90 @@ def whole_files(folder: str | PathLike[str], needed_bytes: int) -> Iterator[Path
         _check_space(target, needed_bytes)
         partial.mkdir()
         yield partial
-        for file in sorted(partial.iterdir()):
-            # on one file system, so each is moved at once
-            os.replace(file, target / file.name)
+        _move_all(sorted(partial.iterdir()), target, partial / ".replaced")
         made = []
     except OSError as error:
         raise _readable(error, target) from error
     finally:
         shutil.rmtree(partial, ignore_errors=True)
-        for empty in made:
-            shutil.rmtree(empty, ignore_errors=True)
+        for folder_made in made:
+            # what something else wrote there meanwhile stays
+            with suppress(OSError):
+                folder_made.rmdir()
+
+
+@contextmanager
+def folder_to_write(folder: str | PathLike[str], overwrite: bool) -> Iterator[Path]:
+    """The folder, or a hidden one beside it that takes its place when it is whole.
+
+    With `overwrite`, the folder of an earlier export is moved aside once the new one is written,
+    and then removed; so both take room on the disk for a while. If anything fails, the old one
+    stays. A kill between two renames leaves it under a hidden name that ends in ".old".
+
+    Args:
+        folder: to be written.
+        overwrite: replace what is there, if it is a model's or an adapter's folder.
+
+    Raises:
+        UserError: there is something and `overwrite` is off; or it would remove what no export
+            wrote; or the folder cannot be replaced.
+    """
+    target = Path(folder).expanduser()
+    if not overwrite or not target.is_dir() or not any(target.iterdir()):
+        yield check_new(target)
+        return
+    _check_earlier_export(target)
+    place = target.resolve()
+    hidden = place.parent / f".{place.name}-{uuid.uuid4().hex[:8]}"
+    written, aside = hidden.with_name(f"{hidden.name}.new"), hidden.with_name(f"{hidden.name}.old")
+    try:
+        yield written
+        try:
+            place.rename(aside)
+            written.rename(place)
+        except BaseException:
+            if aside.exists() and not place.exists():
+                aside.rename(place)
+            raise
+    except OSError as error:
+        raise _readable(error, target) from error
+    finally:
+        # gone already where it was renamed
+        shutil.rmtree(written, ignore_errors=True)
+    shutil.rmtree(aside, ignore_errors=True)
+
+
+def _check_earlier_export(target: Path) -> None:
+    """Raise UserError for a folder that is no checkpoint: a home, a work folder, or a root."""
+    if any((target / name).is_file() for name in _OF_AN_EXPORT):
+        return
+    inside = sorted(entry.name for entry in target.iterdir())
+    raise UserError(
+        f"{target} is not replaced: it is no folder of a model or an adapter",
+        got="a folder with " + ", ".join(inside[:6]) + (", ..." if len(inside) > 6 else ""),
+        allowed=f"with overwrite=True, a folder with {' or '.join(_OF_AN_EXPORT)}",
+        do="Choose another folder, or delete this one first",
+    )
+
+
+def _move_all(files: list[Path], target: Path, aside: Path) -> None:
+    """Move the files into the target; on an error, all that was moved goes back."""
+    aside.mkdir()
+    moved: list[tuple[Path, Path]] = []
+    try:
+        for file in files:
+            place = target / file.name
+            # a folder in the place of a file is not replaced, which the next line says
+            if place.is_symlink() or place.is_file():
+                os.replace(place, aside / file.name)
+                moved.append((place, aside / file.name))
+            # on one file system, so each is moved at once
+            os.replace(file, place)
+            moved.append((file, place))
+    except BaseException:
+        for before, after in reversed(moved):
+            os.replace(after, before)
+        raise
 
 
 def _missing(target: Path) -> list[Path]:

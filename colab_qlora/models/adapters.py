@@ -14,8 +14,9 @@ from typing import Any
 from colab_qlora.activations.memory_plan import check_budgets
 from colab_qlora.errors import UserError
 from colab_qlora.models.fuse import fuse, fused_layers
-from colab_qlora.models.loftq import start_from_quantisation_error, takes_loftq_later
+from colab_qlora.models.loftq import loftq_source, start_from_quantisation_error
 from colab_qlora.models.quiet_import import without_rename_warnings
+from colab_qlora.models.saved_tables import let_tables_meet
 from colab_qlora.models.settings import ATTRIBUTE, CHECKPOINTING_MODES, ModelSettings, settings_of
 from colab_qlora.models.smart import plan_batches, print_line, stop_planning
 from colab_qlora.models.target_names import is_present, targets_of_model
@@ -55,8 +56,9 @@ def attach_lora(
     targets = _check_targets(model, target_modules)
     _check_names(lora_options)
     _check_saved_modules(model, lora_options.get("modules_to_save"))
-    later = takes_loftq_later(model, lora_options)
-    if later:
+    source = loftq_source(model, lora_options)
+    if source is not None:
+        # PEFT would quantise the codes of the base
         lora_options = {**lora_options, "init_lora_weights": True, "loftq_config": {}}
     config = LoraConfig(
         r=r,
@@ -69,8 +71,9 @@ def attach_lora(
     )
     _check_dora(model, config)
     adapted = _with_adapters(model, config, random_state)
-    if later:
-        start_from_quantisation_error(adapted)
+    if source is not None:
+        start_from_quantisation_error(adapted, source)
+    let_tables_meet(adapted)
     set_adapter_methods(adapted)
     if use_fused_layers:
         fuse(adapted)

@@ -7,7 +7,6 @@ from typing import Any
 import torch
 
 from colab_qlora.errors import UserError
-from colab_qlora.models.adapter_precision import adapters_in_float32_
 from colab_qlora.models.documents import Documents, stand_in
 from colab_qlora.models.fused_state import fused_state
 from colab_qlora.models.key_value_cache import cache_in
@@ -31,8 +30,8 @@ def prepare_batch(
     state.new_batch()
     learns = trunk.training and torch.is_grad_enabled()
     if learns:
-        if adapters_in_float32_(trunk):
-            line = "the adapters are in float32 again: a trainer had cast them to 16 bits"
+        if state.trained.in_float32_(trunk):
+            line = "the trained weights are in float32 again: something had cast them to 16 bits"
             print(f"colab_qlora: {line}", flush=True)
         _check_length(trunk, args, kwargs)
         if kwargs.get("use_cache") is None:

@@ -51,6 +51,7 @@ def fuse(model: Any, state: FusedState | None = None) -> FusedState:
         return have
     state = FusedState() if state is None else state
     causal.__dict__[ATTRIBUTE] = state
+    state.trained.watch(causal)
     trunk = getattr(causal, "model", None)
     stock: Any
     layers = list(getattr(trunk, "layers", None) or [])

@@ -13,6 +13,7 @@ from colab_qlora.kernels.attention import AttentionShape
 from colab_qlora.layers.layer_parts import LayerParts, MlpChunks
 from colab_qlora.layers.saved import BRANCH, KEEP_ALL, KEEP_INPUT, SavedTensors
 from colab_qlora.layers.scratch import Scratch
+from colab_qlora.models.adapter_precision import TrainedWeights
 from colab_qlora.models.architectures import (
     largest_linear_bytes,
     read_layer,
@@ -71,6 +72,7 @@ class FusedState:
             gradient, at the price of a buffer of their own.
         logits_budget_bytes: for a chunk of logits; None: 256 MiB.
         last_shape: what the attention of the present batch is computed over.
+        trained: the weights that the model learns, which are watched over at every batch.
         stock_passes: reasons why layers ran the model's own code, and how often; generation with a
             key-value cache does not count.
     """
@@ -84,13 +86,14 @@ class FusedState:
     logits_budget_bytes: int | None = None
     stock_passes: dict[str, int] = field(default_factory=dict)
     last_shape: AttentionShape | None = None
+    trained: TrainedWeights = field(default_factory=TrainedWeights)
     _shapes: dict[Any, tuple[Any, AttentionShape]] = field(default_factory=dict)
     _tables: Any = (None, None)
     _readings: Any = field(default_factory=weakref.WeakKeyDictionary)
 
     def __getstate__(self) -> dict[str, Any]:
         """The settings; not what belongs to the present batch, or was read of the present model."""
-        names = ("last_shape", "_shapes", "_tables", "_readings")
+        names = ("last_shape", "trained", "_shapes", "_tables", "_readings")
         return {name: value for name, value in vars(self).items() if name not in names}
 
     def __setstate__(self, settings: dict[str, Any]) -> None:

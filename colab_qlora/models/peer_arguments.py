@@ -125,8 +125,14 @@ TABLE: tuple[PeerArgument, ...] = (
             "use_gradient_checkpointing": "`unsloth` is another name of `smart`",
             "random_state": "seed of the adapters' start",
             "use_rslora": "scale lora_alpha / sqrt(r)",
-            "init_lora_weights": "as in PEFT; pissa and corda over 16-bit weights only",
-            "loftq_config": 'with init_lora_weights="loftq"; over 4 bits from the checkpoint',
+            "init_lora_weights": (
+                "as in PEFT; pissa, corda, olora, lora_ga, orthogonal and mica over 16-bit "
+                "weights only"
+            ),
+            "loftq_config": (
+                'with init_lora_weights="loftq"; over 4 bits it starts from the checkpoint, and is '
+                "merged into the 4-bit weights"
+            ),
             "modules_to_save": "trained whole, beside the adapters",
             "layers_to_transform": "as in PEFT",
             "layers_pattern": "as in PEFT",

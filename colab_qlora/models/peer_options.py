@@ -8,32 +8,37 @@ from typing import Any
 from colab_qlora.dtypes import pick_compute_dtype, resolve_dtype
 from colab_qlora.errors import UserError
 from colab_qlora.models.adapters import DEFAULT_TARGETS
-from colab_qlora.models.loftq import is_quantised
 from colab_qlora.models.peer_arguments import ADAPT, LOAD, check_peer_arguments
 from colab_qlora.models.settings import settings_of
+from colab_qlora.quantization.adapter_starts import changes_base, needs_dense_base
+from colab_qlora.quantization.quantised_weights import is_quantised
 
 _ATTENTION = {"q_proj", "k_proj", "v_proj", "o_proj", "qkv_proj"}
 _MLP = {"gate_proj", "up_proj", "down_proj", "gate_up_proj"}
 _TABLES = ("embed_tokens", "lm_head")
-# starts that change the base's weights, which PEFT can do in 16 bits only
-_CHANGES_BASE = ("pissa", "corda")
 
 
 def loading_options(
-    dtype: Any, load_in_4bit: bool, load_in_8bit: bool, kwargs: dict[str, Any]
+    dtype: Any,
+    load_in_4bit: bool,
+    load_in_8bit: bool,
+    kwargs: dict[str, Any],
+    quantization: str | None = None,
 ) -> tuple[tuple[Any, bool, bool], bool | str | None]:
     """Read the arguments of from_pretrained that are not its own.
 
     Args:
         dtype, load_in_4bit, load_in_8bit: as they were given.
         kwargs: the others; what is dealt with here is taken out, and older names are renamed.
+        quantization: as it was given.
 
     Returns:
         (dtype, load_in_4bit, load_in_8bit) to load with, and for full fine-tuning the value of
         use_gradient_checkpointing (True if it was not given), else None.
 
     Raises:
-        UserError: an argument that is refused, or float16 weights to be trained.
+        UserError: an argument that is refused, or weights to be trained that are in float16 or
+            asked for in fewer bits.
     """
     checkpointing = kwargs.get("use_gradient_checkpointing")
     check_peer_arguments(LOAD, kwargs)
@@ -51,8 +56,24 @@ def loading_options(
         del kwargs["quantization_config"]
     if not full:
         return (dtype, load_in_4bit, load_in_8bit), None
+    _check_unquantised(quantization, kwargs)
     keeps = checkpointing is None or bool(checkpointing)
     return (_trained_dtype("float32" if wide else dtype), False, False), keeps
+
+
+def _check_unquantised(quantization: str | None, kwargs: dict[str, Any]) -> None:
+    config = kwargs.get("quantization_config")
+    if quantization is None and config is None:
+        return
+    asked = f"quantization={quantization!r}"
+    if config is not None:
+        asked = f"quantization_config={type(config).__name__}(...)"
+    raise UserError(
+        "full_finetuning=True trains every weight, and weights in few bits cannot be trained",
+        got=f"full_finetuning=True with {asked}",
+        allowed="one of the two",
+        do="Leave full_finetuning out to train adapters, or leave the other out",
+    )
 
 
 def _trained_dtype(dtype: Any) -> Any:
@@ -158,10 +179,9 @@ def _check_start(model: Any, options: dict[str, Any]) -> None:
     start = options.get("init_lora_weights", True)
     if not options.get("loftq_config"):
         options.pop("loftq_config", None)
-    if not isinstance(start, str) or not is_quantised(model):
-        return
-    if start.lower().startswith(_CHANGES_BASE):
+    if needs_dense_base(start) and is_quantised(model):
+        does = "changes" if changes_base(start) else "needs"
         raise UserError(
-            f"init_lora_weights={start!r} changes the base's weights, which are quantised",
+            f"init_lora_weights={start!r} {does} the base's weights, which are quantised",
             do="Load the model with load_in_4bit=False, or leave init_lora_weights out",
         )

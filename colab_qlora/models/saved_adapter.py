@@ -12,8 +12,12 @@ from colab_qlora.models.fuse import fuse
 from colab_qlora.models.loading import load_model_and_tokenizer
 from colab_qlora.models.quiet_import import import_bitsandbytes, without_rename_warnings
 from colab_qlora.models.readable_errors import readable_errors
+from colab_qlora.models.saved_tables import let_tables_meet
+from colab_qlora.quantization.adapter_starts import belongs_to_quantised
 from colab_qlora.quantization.instance_methods import set_adapter_methods
 from colab_qlora.quantization.map_file import read_map
+from colab_qlora.quantization.merge_checks import loftq_over_16_bit
+from colab_qlora.quantization.quantised_weights import is_quantised
 
 
 def is_adapter_folder(name: str) -> bool:
@@ -33,7 +37,8 @@ def load_adapter_folder(name: str, *load_args: Any, **options: Any) -> tuple[Any
         base's.
 
     Raises:
-        UserError: the adapter's weights are missing or its base model cannot be loaded.
+        UserError: the adapter's weights are missing, its base model cannot be loaded, or LoftQ
+            started it over few bits and the base is to be loaded in 16.
     """
     import_bitsandbytes()
     from peft import PeftModel
@@ -56,6 +61,10 @@ def load_adapter_folder(name: str, *load_args: Any, **options: Any) -> tuple[Any
     model, tokenizer = load_model_and_tokenizer(base, *load_args, **options)
     with without_rename_warnings(), readable_errors(str(folder)):
         model = PeftModel.from_pretrained(model, str(folder), is_trainable=True)
+    for adapter, config in model.peft_config.items():
+        if belongs_to_quantised(config) and not is_quantised(model):
+            raise loftq_over_16_bit(adapter)
+    let_tables_meet(model)
     set_adapter_methods(model)
     fuse(model)
     set_gradient_checkpointing(model, "smart")

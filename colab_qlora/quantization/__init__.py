@@ -11,7 +11,8 @@ What is held
     scale_search.py           NF4 whose block scales are searched for; scale_search_reference.py
     nf4_format.py             codes and scales as a 4-bit weight of bitsandbytes
     int8_weight.py            weights of 8 bits, one scale a row; int8_modules.py
-    weight_source.py          the 16-bit matrices of a checkpoint, one at a time
+    quantised_weights.py      which weights are codes, and what they are worth
+    weight_source.py          the 16-bit matrices of a checkpoint, one at a time; own_source.py
     placing.py                a weight on another rung, in place
     dynamic.py                all of it for one model, and what the model carries along
     map_file.py               the file beside an adapter that says what stands where
@@ -22,6 +23,7 @@ While it trains
 What comes out
     report.py                 table, and report_picture.py
     merging.py                16-bit source plus adapters; merged_weights.py, merge_checks.py
+    adapter_starts.py         what an adapter's start did to its base
     stock_checkpoint.py       a folder that stock transformers reads; shard_writer.py
 """
 

@@ -18,6 +18,7 @@ from colab_qlora.models.fused_class import stock_class
 from colab_qlora.models.fused_head import is_fused_head
 from colab_qlora.models.settings import settings_of
 from colab_qlora.quantization.dynamic import dynamic_state
+from colab_qlora.quantization.quantised_weights import is_quantised_weight
 
 
 @dataclass(frozen=True, eq=False)
@@ -51,8 +52,7 @@ class Matrix:
 
     @property
     def is_quantised(self) -> bool:
-        weight = self.module.weight
-        return getattr(weight, "quant_state", None) is not None or not weight.is_floating_point()
+        return is_quantised_weight(self.module.weight)
 
     @property
     def bias(self) -> torch.Tensor | None:

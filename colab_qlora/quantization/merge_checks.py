@@ -3,23 +3,19 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
-from pathlib import Path
 from typing import Any
 
 import torch
 
 from colab_qlora.errors import UserError
 from colab_qlora.models.fuse import causal_model
-from colab_qlora.models.loading import locate_checkpoint as locate
-from colab_qlora.models.settings import settings_of
+from colab_qlora.quantization.adapter_starts import LEAVE_BASE, belongs_to_quantised, leaves_base
 from colab_qlora.quantization.checkpoint_parts import Matrix
 from colab_qlora.quantization.dynamic import dynamic_state
-from colab_qlora.quantization.weight_source import WeightSource
+from colab_qlora.quantization.own_source import checkpoint_name, own_source
 
 # LoRA layers of PEFT whose weight is that of one linear or embedding
 _LAYERS = ("Linear", "Embedding", "Linear4bit", "Linear8bitLt")
-# starts that leave the base weight as it is; the others take a part of it into the adapter
-_STARTS = ("gaussian", "eva", "orthogonal")
 _DENSE = (
     "Load the 16-bit model with load_in_4bit=False, put the adapter on it with "
     "PeftModel.from_pretrained, and call its merge_and_unload()"
@@ -65,9 +61,24 @@ def check_adapters(model: Any) -> None:
 
 def check_matrices(model: Any, matrices: Iterable[Matrix]) -> None:
     """Raise UserError unless what is added to each matrix is known."""
-    configs = getattr(model, "peft_config", None) or {}
+    configs, matrices = getattr(model, "peft_config", None) or {}, list(matrices)
     for matrix in matrices:
         _check_matrix(matrix, configs)
+    for adapter, config in configs.items():
+        having = [matrix for matrix in matrices if adapter in matrix.adapters]
+        if belongs_to_quantised(config) and having and not any(m.is_quantised for m in having):
+            raise loftq_over_16_bit(adapter)
+
+
+def loftq_over_16_bit(adapter: str) -> UserError:
+    """The error for a LoftQ adapter over weights that have lost nothing."""
+    return UserError(
+        f"adapter {adapter} was started by LoftQ: it stands in for what 4 bits lose, and this base "
+        "has lost nothing",
+        got="a base in 16 or 32 bits",
+        allowed="the base that it was trained over",
+        do="Load the adapter's folder with load_in_4bit=True",
+    )
 
 
 def _check_layers(causal: Any) -> None:
@@ -114,11 +125,11 @@ def _check_matrix(matrix: Matrix, configs: dict[str, Any]) -> None:
                 do="Train with lora_bias=False",
             )
         start = getattr(configs.get(adapter), "init_lora_weights", True)
-        if matrix.is_quantised and isinstance(start, str) and start not in _STARTS:
+        if matrix.is_quantised and not leaves_base(start):
             raise UserError(
                 f"adapter {adapter} was started with a part of the base weights",
                 got=f"init_lora_weights={start!r}",
-                allowed=f"True, False, {', '.join(map(repr, _STARTS))}",
+                allowed=f"True, False, {', '.join(map(repr, LEAVE_BASE))}",
                 do="Train with one of these: the 16-bit weights are not what it was trained beside",
             )
 
@@ -134,17 +145,11 @@ def source_of(model: Any, matrices: Sequence[Matrix]) -> Callable[[str], torch.T
     if state is not None:
         return state.source
     quantised = [m for m in matrices if m.is_quantised and not m.is_trained_copy]
-    causal = causal_model(model)
-    settings = settings_of(model)
-    name = settings.model_name if settings is not None else causal.config._name_or_path
-    quantizer = getattr(causal, "hf_quantizer", None)
+    quantizer = getattr(causal_model(model), "hf_quantizer", None)
     if quantised and getattr(quantizer, "pre_quantized", False):
-        raise _no_16_bit(name)
+        raise _no_16_bit(checkpoint_name(model))
     try:
-        place = locate(name)
-        # the very commit that the model came from
-        revision = None if Path(place).is_dir() else getattr(causal.config, "_commit_hash", None)
-        source = WeightSource.of_checkpoint(place, revision=revision)
+        source = own_source(model)
     except UserError:
         if quantised:
             raise

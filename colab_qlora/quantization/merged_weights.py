@@ -3,6 +3,9 @@
     W' = round(W + sum over active adapters of scaling * B A)
     W' = round(m (W + scaling * B A) / n)      DoRA, with n the rows' own norms
 
+An adapter that LoftQ started already holds what the weight lost when it was quantised, so there W
+is the quantised weight, decoded.
+
 The sum is made in float32, a chunk of rows after the other, and rounded once.
 """
 
@@ -16,6 +19,7 @@ import torch
 
 from colab_qlora.errors import UserError
 from colab_qlora.models.fuse import causal_model
+from colab_qlora.quantization.adapter_starts import belongs_to_quantised
 from colab_qlora.quantization.checkpoint_parts import (
     Matrix,
     compute_dtype_of,
@@ -23,6 +27,7 @@ from colab_qlora.quantization.checkpoint_parts import (
     stored_dtype,
 )
 from colab_qlora.quantization.merge_checks import check_adapters, check_matrices, source_of
+from colab_qlora.quantization.quantised_weights import decoded_weight
 from colab_qlora.quantization.shard_writer import PlannedTensor, stored
 from colab_qlora.quantization.weight_source import SourceGone
 
@@ -35,6 +40,7 @@ class MergedWeights:
 
     Args:
         model: as of `merging.merge_16_bit`.
+        source: reads 16-bit matrices by name; None for the checkpoint that the model came from.
 
     Attributes:
         causal: the transformers model inside it.
@@ -46,13 +52,14 @@ class MergedWeights:
         UserError: adapters that cannot be merged, or no 16-bit weights.
     """
 
-    def __init__(self, model: Any) -> None:
+    def __init__(self, model: Any, source: Callable[[str], torch.Tensor] | None = None) -> None:
         check_adapters(model)
         self.causal = causal_model(model)
+        self._configs: dict[str, Any] = getattr(model, "peft_config", None) or {}
         self.parts = parts_of(self.causal, is_adapted=True)
         check_matrices(model, self.parts.matrices)
         self.dtype = compute_dtype_of(model)
-        self.source: Callable[[str], torch.Tensor] | None = source_of(model, self.parts.matrices)
+        self.source = source_of(model, self.parts.matrices) if source is None else source
 
     def dtype_of(self, name: str, tensor: torch.Tensor) -> torch.dtype:
         return stored_dtype(self.causal, name, tensor, self.dtype)
@@ -74,7 +81,7 @@ class MergedWeights:
     @torch.no_grad()
     def weight(self, matrix: Matrix) -> torch.Tensor:
         """The merged weight, (rows, columns), in the compute dtype, on the CPU."""
-        base = self._base(matrix)
+        base = decoded_weight(matrix.module).cpu() if self._is_loftq(matrix) else self._base(matrix)
         factors = [_factors(matrix, adapter) for adapter in matrix.adapters]
         # one chunk of rows after the other, so that an embedding's delta is never there as a whole
         rows = max(1, _CHUNK_NUMBERS // max(1, base.shape[1]))
@@ -108,6 +115,10 @@ class MergedWeights:
                 added = matrix.layer.lora_B[adapter].bias.to(bias.device).float()
                 bias = bias + added * matrix.layer.scaling[adapter]
         return bias.to(self.dtype)
+
+    def _is_loftq(self, matrix: Matrix) -> bool:
+        starts = (belongs_to_quantised(self._configs.get(name)) for name in matrix.adapters)
+        return matrix.is_quantised and any(starts)
 
     def _base(self, matrix: Matrix) -> torch.Tensor:
         """The weight that is added to, on the CPU, in the dtype that it is stored in."""

@@ -1,9 +1,10 @@
-"""Merge adapters into 16-bit weights. Nothing that is quantised is read, or quantised anew.
+"""Merge adapters into 16-bit weights. Nothing is quantised anew.
 
     W' = round(W + sum over active adapters of scaling * B A)      W from the 16-bit checkpoint
 
 An adapter that was trained over quantised weights has also learned to make up for a part of their
-error, so that merged and quantised model differ a little.
+error, so that merged and quantised model differ a little. One that LoftQ started makes up for it
+from the beginning, and alone is added to the decoded weights that it was trained over.
 
 `merge_16_bit` needs room for all 16-bit weights; `save_merged_16_bit` for a shard at a time.
 """

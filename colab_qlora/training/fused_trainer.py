@@ -98,7 +98,8 @@ class FusedTrainer(trl.SFTTrainer):
             return self._evaluate_by_batch(*args, **kwargs)
         if self.compute_metrics is not None and given is None and not self.args.batch_eval_metrics:
             loader = kwargs.get("dataloader", args[0] if args else None)
-            check_room_for_logits(self.model, getattr(loader, "dataset", None))
+            joined = self.args.eval_batch_size if getattr(self, "padding_free", False) else 1
+            check_room_for_logits(self.model, getattr(loader, "dataset", None), joined)
         self._preprocess_of_a_row, self.preprocess_logits_for_metrics = given, None
         try:
             return super().evaluation_loop(*args, **kwargs)

@@ -110,7 +110,7 @@ def truncated(dataset: Any, args: Any) -> Any:
         return dataset
     if isinstance(dataset, dict):
         return {name: truncated(rows, args) for name, rows in dataset.items()}
-    if isinstance(dataset, Dataset) and max(_lengths(dataset, "input_ids")) <= args.max_length:
+    if isinstance(dataset, Dataset) and max(list_lengths(dataset, "input_ids")) <= args.max_length:
         return dataset
     length = args.max_length
     return dataset.map(
@@ -137,7 +137,7 @@ def describe_rows(dataset: Any, name: str, args: Any) -> str | None:
     if getattr(args, "train_sampling_strategy", "random") == "group_by_length":
         return None
     batch = args.per_device_train_batch_size
-    share = padding_share(_lengths(dataset, "input_ids"), batch)
+    share = padding_share(list_lengths(dataset, "input_ids"), batch)
     if share < LEAST_PADDING_SAID:
         return None
     return f"{share:.0%} of a batch of {batch} rows is padding; packing=True trains on none of it"
@@ -163,8 +163,8 @@ def padding_share(lengths: Sequence[int], batch: int, seed: int = 0) -> float:
 
 
 def _packed_line(dataset: Dataset, name: str, args: Any) -> str:
-    documents = sum(_lengths(dataset, "seq_lengths"))
-    tokens, rows = sum(_lengths(dataset, "input_ids")), len(dataset)
+    documents = sum(list_lengths(dataset, "seq_lengths"))
+    tokens, rows = sum(list_lengths(dataset, "input_ids")), len(dataset)
     full = tokens / (rows * args.max_length) if rows else 0.0
     apart = "which see each other" if args.packing_strategy == WRAPPED else "none sees another"
     return (
@@ -173,7 +173,7 @@ def _packed_line(dataset: Dataset, name: str, args: Any) -> str:
     )
 
 
-def _lengths(dataset: Dataset, column: str) -> list[int]:
+def list_lengths(dataset: Dataset, column: str) -> list[int]:
     """Lengths of a column's lists, read without making Python numbers of their contents."""
     import pyarrow.compute
 

@@ -24,6 +24,7 @@ from colab_qlora.quantization.remaking import follow_map, follow_or_say
 from colab_qlora.quantization.schedule import ScheduleSettings
 from colab_qlora.training.adapter_dtype import adapters_kept, adapters_to_float32
 from colab_qlora.training.arguments import config_fields, fit_arguments
+from colab_qlora.training.atomic_checkpoint import finish_killed_save
 from colab_qlora.training.best_adapter import move_aside
 from colab_qlora.training.callbacks import LossLogCallback
 from colab_qlora.training.dataset_checks import as_dataset, check_dataset
@@ -209,6 +210,8 @@ class SFTTrainer(RescuingTrainer):
         folder = self.args.output_dir or "."
         for reader in self._readers():
             reader.attach(self._loss_log, self._say)
+        if self.is_world_process_zero() and (finished := finish_killed_save(folder)):
+            self._say(f"the save of {finished} was killed when all was written; it is in place now")
         if resume_from_checkpoint is True:
             resume_from_checkpoint = self._checkpoint_to_go_on_from(folder)
         elif resume_from_checkpoint:

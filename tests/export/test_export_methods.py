@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import copy
+import gc
 import inspect
 import pickle
 import subprocess
 import sys
+import weakref
 
 import pytest
 
@@ -14,11 +16,13 @@ torch = pytest.importorskip("torch")
 pytest.importorskip("peft")
 pytest.importorskip("bitsandbytes")
 pytest.importorskip("gguf")
+safetensors_torch = pytest.importorskip("safetensors.torch")
 
 from model_files import adapted, byte_level, write_model  # noqa: E402
 from small_checkpoint import load_nf4  # noqa: E402
 
 import colab_qlora.export as export  # noqa: E402
+from colab_qlora import FastLanguageModel, UserError  # noqa: E402
 from colab_qlora.export import bind_export_methods  # noqa: E402
 from colab_qlora.export.methods import METHODS  # noqa: E402
 
@@ -63,6 +67,51 @@ def test_copies_belong_to_the_copy(folder):
     for twin in (copy.deepcopy(model), pickle.loads(pickle.dumps(model))):
         assert twin.push_to_hub.model is twin
     assert model.push_to_hub.model is model
+
+
+def test_a_copied_adapter_is_saved_as_the_copy_is(folder, tmp_path):
+    model = bind_export_methods(adapted(load_nf4(folder)))
+    twin = copy.deepcopy(model)
+    name, changed = next((n, p) for n, p in twin.named_parameters() if "lora_B" in n)
+    changed.data.fill_(7.0)
+    assert twin.save_pretrained_merged.model is twin
+    twin.save_pretrained_merged(tmp_path / "twin", save_method="lora")
+    model.save_pretrained_merged(tmp_path / "model", save_method="lora")
+    key = name.replace(".default", "")
+    saved = {
+        which: safetensors_torch.load_file(tmp_path / which / "adapter_model.safetensors")[key]
+        for which in ("twin", "model")
+    }
+    assert (saved["twin"] == 7.0).all() and not (saved["model"] == 7.0).any()
+
+
+def _dies_on_del(make):
+    """Whether what `make` gives is freed with its last name, without the garbage collector."""
+    gc.collect()
+    gc.disable()
+    try:
+        made = make()
+        alive = weakref.ref(made)
+        del made
+        return alive() is None
+    finally:
+        gc.enable()
+
+
+def test_a_deleted_model_is_freed_at_once(folder):
+    assert _dies_on_del(lambda: bind_export_methods(torch.nn.Linear(2, 2)))
+    options = {"max_seq_length": 32, "load_in_4bit": False, "dtype": "float32"}
+    load = FastLanguageModel.from_pretrained
+    assert _dies_on_del(lambda: load(str(folder), **options)[0])
+
+
+def test_a_method_of_a_deleted_model_says_so():
+    method = bind_export_methods(torch.nn.Linear(2, 2)).push_to_hub
+    with pytest.raises(UserError, match=r"push_to_hub is to save was deleted. Keep the model in a"):
+        method("name")
+    assert "of a deleted model" in repr(method) and "hub" in method.__doc__
+    model = bind_export_methods(torch.nn.Linear(2, 2))
+    assert copy.deepcopy(model.push_to_hub).model is model
 
 
 def test_help_is_the_functions():

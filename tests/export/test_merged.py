@@ -260,3 +260,164 @@ def test_a_place_that_cannot_be_written(tmp_path):
     ):
         pass
     assert (tmp_path / "file").read_text() == ""
+
+
+def _content(folder):
+    return {file.name: file.read_bytes() for file in folder.iterdir()}
+
+
+@pytest.mark.parametrize("method", SAVE_METHODS)
+def test_an_earlier_folder_is_replaced_by_the_new_one(folder, tmp_path, method):
+    model, out = adapt(load_nf4(folder)), tmp_path / "out"
+    save_pretrained_merged(model, out, save_method="lora")
+    (out / "of_the_earlier_run").write_text("1")
+    saved = save_pretrained_merged(model, str(out), save_method=method, overwrite=True)
+    fresh = save_pretrained_merged(model, tmp_path / "fresh", save_method=method)
+    assert saved == out and _content(out) == _content(fresh)
+    assert sorted(entry.name for entry in tmp_path.iterdir()) == ["fresh", "out"]
+    # and one that is not there yet, or is empty
+    (tmp_path / "empty").mkdir()
+    for name in ("new", "empty"):
+        again = save_pretrained_merged(model, tmp_path / name, save_method=method, overwrite=True)
+        assert _content(again) == _content(fresh)
+
+
+@pytest.mark.parametrize("method", SAVE_METHODS)
+@pytest.mark.parametrize("moment", ["small disk", "full disk", "interrupt", "swap"])
+def test_the_earlier_folder_stays_where_the_new_one_fails(
+    folder, tmp_path, monkeypatch, method, moment
+):
+    import peft.peft_model
+    import safetensors.torch
+
+    model, out = adapt(load_nf4(folder)), tmp_path / "out"
+    save_pretrained_merged(model, out, save_method="lora")
+    before = _content(out)
+    rename = Path.rename
+
+    def stop(*args, **kwargs):
+        # the old folder is there while the new one is written
+        assert _content(out) == before
+        if moment == "interrupt":
+            raise KeyboardInterrupt
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    def no_second(path, target):
+        if path.name.endswith(".new") and Path(target).name == "out":
+            assert not out.exists()
+            raise OSError(errno.EIO, "Input/output error")
+        return rename(path, target)
+
+    if moment == "small disk":
+        monkeypatch.setattr(shutil, "disk_usage", lambda place: SimpleNamespace(free=1000))
+    elif moment == "swap":
+        monkeypatch.setattr(Path, "rename", no_second)
+    else:
+        monkeypatch.setattr(safetensors.torch, "save_file", stop)
+        monkeypatch.setattr(peft.peft_model, "safe_save_file", stop)
+    with pytest.raises(KeyboardInterrupt if moment == "interrupt" else UserError):
+        save_pretrained_merged(model, out, save_method=method, overwrite=True)
+    assert _content(out) == before
+    assert list(tmp_path.iterdir()) == [out]
+
+
+def test_overwrite_removes_nothing_but_exports(folder, tmp_path):
+    (tmp_path / "work").mkdir()
+    (tmp_path / "work" / "rows.jsonl").write_text("1")
+    model = adapt(load_nf4(folder))
+    with pytest.raises(UserError, match=r"no folder of a model or an adapter: got a folder with r"):
+        save_pretrained_merged(model, tmp_path / "work", overwrite=True)
+    assert (tmp_path / "work" / "rows.jsonl").read_text() == "1"
+    (tmp_path / "file").write_text("2")
+    with pytest.raises(UserError, match="file is there already"):
+        save_pretrained_merged(model, tmp_path / "file", overwrite=True)
+    assert (tmp_path / "file").read_text() == "2"
+
+
+@pytest.mark.parametrize("method", SAVE_METHODS)
+def test_the_models_own_checkpoint_is_not_replaced(tmp_path, monkeypatch, method):
+    own = write_llama(tmp_path / "own")
+    before = _content(own)
+    model = adapt(load_nf4(own))
+    (tmp_path / "link").symlink_to(own)
+    monkeypatch.chdir(tmp_path)
+    for name in (own, "own", tmp_path / "link"):
+        with pytest.raises(UserError, match="the model's own weights are read from it"):
+            save_pretrained_merged(model, name, save_method=method, overwrite=True)
+    other = write_llama(tmp_path / "other")
+    with pytest.raises(UserError, match="the model's own weights are read from it"):
+        save_pretrained_merged(
+            model, other, save_method=method, overwrite=True, base_model=str(other)
+        )
+    assert _content(own) == before
+
+
+def test_the_folder_behind_a_link_is_replaced(folder, tmp_path):
+    model = adapt(load_nf4(folder))
+    save_pretrained_merged(model, tmp_path / "drive" / "out", save_method="lora")
+    (tmp_path / "link").symlink_to(tmp_path / "drive" / "out")
+    saved = save_pretrained_merged(model, tmp_path / "link", overwrite=True)
+    assert saved == tmp_path / "link" and saved.is_symlink()
+    assert (tmp_path / "drive" / "out" / "model.safetensors").is_file()
+    assert [entry.name for entry in (tmp_path / "drive").iterdir()] == ["out"]
+
+
+def test_what_something_else_wrote_meanwhile_stays(tmp_path):
+    out = tmp_path / "new" / "out"
+    with (
+        pytest.raises(UserError, match="cannot be written"),
+        whole_files_module.whole_files(out, 1) as partial,
+    ):
+        (partial / "model").write_text("half")
+        (tmp_path / "new" / "log").write_text("1")
+        raise OSError(errno.EIO, "Input/output error")
+    assert [entry.name for entry in tmp_path.rglob("*")] == ["new", "log"]
+    with (
+        pytest.raises(KeyboardInterrupt),
+        whole_files_module.whole_files(tmp_path / "b" / "out", 1),
+    ):
+        raise KeyboardInterrupt
+    assert not (tmp_path / "b").exists()
+
+
+@pytest.mark.parametrize("error", [OSError(errno.EIO, "Input/output error"), KeyboardInterrupt()])
+def test_files_that_were_moved_are_moved_back(tmp_path, monkeypatch, error):
+    import os
+
+    out = tmp_path / "out"
+    out.mkdir()
+    for name in ("b", "c", "mine"):
+        (out / name).write_text(f"old {name}")
+    replace = os.replace
+
+    def second_fails(source, target):
+        if Path(target) == out / "c" and Path(source).parent.name.endswith(".partial"):
+            raise error
+        replace(source, target)
+
+    with (
+        pytest.raises((UserError, KeyboardInterrupt)),
+        whole_files_module.whole_files(out, 1) as partial,
+    ):
+        for name in ("a", "b", "c"):
+            (partial / name).write_text(f"new {name}")
+        monkeypatch.setattr(os, "replace", second_fails)
+    found = {file.name: file.read_text() for file in out.iterdir()}
+    assert found == {"b": "old b", "c": "old c", "mine": "old mine"}
+    assert list(tmp_path.iterdir()) == [out]
+
+
+def test_a_folder_in_the_place_of_a_file_is_not_replaced(tmp_path):
+    (tmp_path / "out" / "b").mkdir(parents=True)
+    (tmp_path / "out" / "b" / "mine").write_text("1")
+    with (
+        pytest.raises(UserError, match="cannot be written"),
+        whole_files_module.whole_files(tmp_path / "out", 1) as partial,
+    ):
+        for name in ("a", "b"):
+            (partial / name).write_text("new")
+    assert sorted(str(p.relative_to(tmp_path)) for p in tmp_path.rglob("*")) == [
+        "out",
+        "out/b",
+        "out/b/mine",
+    ]

@@ -172,6 +172,37 @@ def test_full_finetuning_moves_every_weight(
     assert all(not torch.equal(p, start[n]) for n, p in model.named_parameters())
 
 
+@pytest.mark.parametrize(
+    ("given", "said"),
+    [
+        ({"quantization": "dynamic"}, "quantization='dynamic'"),
+        ({"quantization": "nf4"}, "quantization='nf4'"),
+        ({"quantization_config": transformers.BitsAndBytesConfig(load_in_4bit=True)}, "quant.*fig"),
+    ],
+)
+def test_full_finetuning_of_few_bits_is_refused(
+    tiny_model_folder: Path, given: dict, said: str
+) -> None:
+    with pytest.raises(UserError, match=f"few bits cannot be .*: got full_finetuning=True.*{said}"):
+        _load(tiny_model_folder, full_finetuning=True, **given)
+
+
+def test_full_finetuning_of_a_quantised_checkpoint_names_the_16_bit_one(
+    tiny_model_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    _load(tiny_model_folder, dtype="float32").save_pretrained(tmp_path / "four")
+    said = "those of this checkpoint are quantised: got {};.*Load {}, or leave full_finetuning out"
+    with pytest.raises(
+        UserError, match=said.format(tmp_path / "four", "the checkpoint that it .*")
+    ):
+        _load(tmp_path / "four", full_finetuning=True)
+    config = transformers.AutoConfig.from_pretrained(tmp_path / "four")
+    # a hub's model, of which nothing but the config is asked for
+    monkeypatch.setattr(transformers.AutoConfig, "from_pretrained", lambda *a, **k: config)
+    with pytest.raises(UserError, match=said.format("ada/tiny-bnb-4bit", "ada/tiny")):
+        FastLanguageModel.from_pretrained("ada/tiny-bnb-4bit", full_finetuning=True)
+
+
 def test_full_finetuning_in_float16_is_refused(
     tiny_model_folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -241,7 +272,7 @@ def test_embedding_and_head_among_the_targets_are_trained_whole(
     assert lora.scaling["default"] == pytest.approx(16 / 2**0.5)
 
 
-@pytest.mark.parametrize("start", ["pissa", "pissa_niter_4", "corda"])
+@pytest.mark.parametrize("start", ["pissa", "pissa_niter_4", "corda", "olora", "OLoRA", "lora_ga"])
 def test_starts_that_change_a_quantised_base_are_refused(
     tiny_model_folder: Path, start: str
 ) -> None:
@@ -249,35 +280,14 @@ def test_starts_that_change_a_quantised_base_are_refused(
         FastLanguageModel.get_peft_model(_load(tiny_model_folder), init_lora_weights=start)
 
 
-def test_loftq_over_4_bits_starts_with_the_best_fit_of_what_was_lost(
-    tiny_model_folder: Path,
-) -> None:
-    from peft.utils.integrations import dequantize_module_weight
-
-    rank, alpha = 8, 32
-    # the weights before they were quantised, from a loader of its own
-    whole = transformers.AutoModelForCausalLM.from_pretrained(tiny_model_folder)
-    before = torch.get_rng_state()
+@pytest.mark.parametrize("start", ["orthogonal", "mica"])
+def test_starts_that_need_dense_weights_are_refused(tiny_model_folder: Path, start: str) -> None:
+    with pytest.raises(UserError, match="needs the base's weights, which are quantised. Load"):
+        FastLanguageModel.get_peft_model(_load(tiny_model_folder), init_lora_weights=start)
     model = FastLanguageModel.get_peft_model(
-        _load(tiny_model_folder, dtype="float32"),
-        r=rank,
-        lora_alpha=alpha,
-        init_lora_weights="loftq",
-        loftq_config={"loftq_bits": 4, "loftq_iter": 1},
+        _load(tiny_model_folder, load_in_4bit=False, dtype="float32"), r=2, init_lora_weights=start
     )
-    assert torch.equal(torch.get_rng_state(), before)
-    checked = 0
-    for name, module in model.named_modules():
-        if not hasattr(module, "lora_A"):
-            continue
-        kept = dequantize_module_weight(module.get_base_layer()).float()
-        weight = whole.get_submodule(name.removeprefix("base_model.model.")).weight
-        left = (weight - kept - module.get_delta_weight("default")).norm()
-        # Eckart-Young: no matrix of that rank leaves less than the singular values beyond it
-        least = torch.linalg.svdvals((weight - kept).double())[rank:].norm()
-        assert least * (1 - 1e-5) <= left <= 1.01 * least, name
-        checked += 1
-    assert checked == 14
+    assert fused_layers(model)
 
 
 def test_for_training_takes_the_checkpointing(tiny_model_folder: Path) -> None:
