@@ -6,6 +6,8 @@ that says what was got, what is allowed, and what to do next.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+
 
 class UserError(ValueError):
     """A mistake that the user can mend.
@@ -45,3 +47,11 @@ class UserError(ValueError):
 
 def _rebuild(problem: str, got: object, allowed: object, do: str | None) -> UserError:
     return UserError(problem, got=got, allowed=allowed, do=do)
+
+
+def error_chain(error: BaseException) -> Iterator[BaseException]:
+    """An error and those that it was raised from or beside, the last one first."""
+    seen: BaseException | None = error
+    while seen is not None:
+        yield seen
+        seen = seen.__cause__ or seen.__context__

@@ -8,15 +8,13 @@ that ending. Rounded weights are never merged into.
 
 from __future__ import annotations
 
-import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from colab_qlora.errors import UserError
-from colab_qlora.export.whole_files import size_words
+from colab_qlora.disk import check_space
 from colab_qlora.models.fuse import causal_model
 from colab_qlora.models.loading import locate_checkpoint
 from colab_qlora.models.readable_errors import readable_errors
@@ -111,11 +109,5 @@ def _check_room(name: str, token: str | None, cache: Path) -> None:
         if not isinstance(huggingface_hub.try_to_load_from_cache(name, file.rfilename), str)
     )
     place = next(parent for parent in (cache, *cache.parents) if parent.exists())
-    free = shutil.disk_usage(place).free
-    if free < needed:
-        raise UserError(
-            f"the disk of {place} is too small for the 16-bit checkpoint {name}",
-            got=f"{size_words(free)} free",
-            allowed=f"{size_words(needed)} or more",
-            do="Set HF_HOME to a larger disk, or pass base_model= with a folder that has it",
-        )
+    do = "Set HF_HOME to a larger disk, or pass base_model= with a folder that has it"
+    check_space(place, needed, f"the 16-bit checkpoint {name}", place, do)

@@ -8,7 +8,6 @@ moved are moved back on an error; only a kill in the midst of that leaves some n
 
 from __future__ import annotations
 
-import errno
 import os
 import shutil
 import uuid
@@ -17,9 +16,10 @@ from contextlib import contextmanager, suppress
 from os import PathLike
 from pathlib import Path
 
+from colab_qlora.disk import check_space, write_error
 from colab_qlora.errors import UserError
 
-_DISK_FULL = (errno.ENOSPC, errno.EDQUOT)
+_NO_ROOM = "Free some space, or choose a folder on another disk; nothing was written"
 # one of them is in every folder of a model or an adapter
 _OF_AN_EXPORT = ("config.json", "adapter_config.json")
 
@@ -59,13 +59,13 @@ def whole_files(folder: str | PathLike[str], needed_bytes: int) -> Iterator[Path
     made = _missing(target)
     try:
         target.mkdir(parents=True, exist_ok=True)
-        _check_space(target, needed_bytes)
+        check_space(target, needed_bytes, "this export", target, _NO_ROOM)
         partial.mkdir()
         yield partial
         _move_all(sorted(partial.iterdir()), target, partial / ".replaced")
         made = []
     except OSError as error:
-        raise _readable(error, target) from error
+        raise write_error(error, target) from error
     finally:
         shutil.rmtree(partial, ignore_errors=True)
         for folder_made in made:
@@ -108,7 +108,7 @@ def folder_to_write(folder: str | PathLike[str], overwrite: bool) -> Iterator[Pa
                 aside.rename(place)
             raise
     except OSError as error:
-        raise _readable(error, target) from error
+        raise write_error(error, target) from error
     finally:
         # gone already where it was renamed
         shutil.rmtree(written, ignore_errors=True)
@@ -155,35 +155,3 @@ def _missing(target: Path) -> list[Path]:
         found.append(target)
         target = target.parent
     return found
-
-
-def _check_space(target: Path, needed: int) -> None:
-    free = shutil.disk_usage(target).free
-    if free < needed:
-        raise UserError(
-            f"the disk of {target} is too small for this export",
-            got=f"{size_words(free)} free",
-            allowed=f"{size_words(needed)} or more",
-            do="Free some space, or choose a folder on another disk; nothing was written",
-        )
-
-
-def size_words(size: float) -> str:
-    """Bytes in GiB or MiB."""
-    return f"{size / 2**30:.2f} GiB" if size >= 2**30 else f"{size / 2**20:.2f} MiB"
-
-
-def _readable(error: OSError, target: Path) -> UserError:
-    text = next(iter(str(error).splitlines()), type(error).__name__)
-    if error.errno in _DISK_FULL:
-        return UserError(
-            f"the disk became full while {target} was written",
-            got=text,
-            do="Free some space, or choose a folder on another disk; what was written is removed",
-        )
-    return UserError(
-        f"{target} cannot be written",
-        got=text,
-        allowed="a folder that you may write to",
-        do="Choose another folder; what was written is removed",
-    )

@@ -6,9 +6,7 @@ stops it before (a full disk, an interrupt, a weight that cannot be read) remove
 
 from __future__ import annotations
 
-import errno
 import json
-import re
 import shutil
 import uuid
 from collections.abc import Callable, Iterator, Sequence
@@ -20,13 +18,14 @@ from typing import Any
 
 import torch
 
+from colab_qlora.disk import check_space, write_error
 from colab_qlora.errors import UserError
 from colab_qlora.quantization.weight_source import INDEX, SINGLE
 
 MAX_SHARD_BYTES = 2 * 2**30
 # config, tokenizer and index: a large vocabulary's tokenizer.json has 20 to 35 MB
 OTHER_FILES_BYTES = 40 * 2**20
-_DISK_FULL = (errno.ENOSPC, errno.EDQUOT)
+_NO_ROOM = "Free some space, or choose a folder on another disk; nothing was written"
 
 
 @dataclass(frozen=True)
@@ -175,48 +174,15 @@ def _all_or_nothing(target: Path, weight_bytes: int) -> Iterator[Path]:
     partial = target.parent / f".{target.name}-{uuid.uuid4().hex[:8]}.partial"
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
-        _check_space(target, weight_bytes + OTHER_FILES_BYTES)
+        needed = weight_bytes + OTHER_FILES_BYTES
+        check_space(target.parent, needed, "this checkpoint", target, _NO_ROOM)
         partial.mkdir()
         yield partial
         if target.exists():
             target.rmdir()
         partial.rename(target)
     except (OSError, SafetensorError) as error:
-        raise _readable(error, target) from error
+        raise write_error(error, target) from error
     finally:
         # gone already where it was renamed
         shutil.rmtree(partial, ignore_errors=True)
-
-
-def _check_space(target: Path, needed: int) -> None:
-    free = shutil.disk_usage(target.parent).free
-    if free < needed:
-        raise UserError(
-            f"the disk of {target} is too small for this checkpoint",
-            got=f"{_words(free)} free",
-            allowed=f"{_words(needed)} or more",
-            do="Free some space, or choose a folder on another disk; nothing was written",
-        )
-
-
-def _words(size: int) -> str:
-    return f"{size / 2**30:.2f} GiB" if size >= 2**30 else f"{size / 2**20:.2f} MiB"
-
-
-def _readable(error: Exception, target: Path) -> UserError:
-    text = next(iter(str(error).splitlines()), type(error).__name__)
-    # safetensors writes in Rust, whose errors come as text with the number of the system's error
-    found = re.search(r"os error (\d+)", text)
-    number = getattr(error, "errno", None) or (int(found[1]) if found else None)
-    if number in _DISK_FULL:
-        return UserError(
-            f"the disk became full while {target} was written",
-            got=text,
-            do="Free some space, or choose a folder on another disk; what was written is removed",
-        )
-    return UserError(
-        f"{target} cannot be written",
-        got=text,
-        allowed="a folder that you may write to",
-        do="Choose another folder; what was written is removed",
-    )

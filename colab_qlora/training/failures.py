@@ -1,18 +1,10 @@
-"""Recognise the two failures that end most runs: memory and disk, whoever reports them."""
+"""Recognise that memory ran out, whoever reports it; a full disk is `disk.is_disk_full`."""
 
 from __future__ import annotations
 
-import errno
-from collections.abc import Iterator
-
 import torch
 
-
-def _chain(error: BaseException) -> Iterator[BaseException]:
-    seen: BaseException | None = error
-    while seen is not None:
-        yield seen
-        seen = seen.__cause__ or seen.__context__
+from colab_qlora.errors import error_chain
 
 
 def is_out_of_memory(error: BaseException) -> bool:
@@ -22,17 +14,5 @@ def is_out_of_memory(error: BaseException) -> bool:
         # torch reports the host's memory as a plain RuntimeError
         or "can't allocate memory" in str(seen)
         or "CUDA out of memory" in str(seen)
-        for seen in _chain(error)
-    )
-
-
-def is_disk_full(error: BaseException) -> bool:
-    """Whether a write failed for want of space."""
-    return any(
-        getattr(seen, "errno", None) in (errno.ENOSPC, errno.EDQUOT)
-        # safetensors and torch's archive writer report a failed write in words of their own
-        or "No space left on device" in str(seen)
-        or "os error 28" in str(seen)
-        or "file write failed" in str(seen)
-        for seen in _chain(error)
+        for seen in error_chain(error)
     )

@@ -19,6 +19,7 @@ from transformers.integrations import TensorBoardCallback
 from transformers.trainer_utils import TrainOutput
 from transformers.utils.notebook import NotebookProgressCallback
 
+from colab_qlora.disk import is_disk_full
 from colab_qlora.models.smart import bring_embedding_back, runtime_of
 from colab_qlora.quantization.remaking import follow_map, follow_or_say
 from colab_qlora.quantization.schedule import ScheduleSettings
@@ -29,7 +30,7 @@ from colab_qlora.training.best_adapter import move_aside
 from colab_qlora.training.callbacks import LossLogCallback
 from colab_qlora.training.dataset_checks import as_dataset, check_dataset
 from colab_qlora.training.early_stopping import EarlyStopping
-from colab_qlora.training.failures import is_disk_full, is_out_of_memory
+from colab_qlora.training.failures import is_out_of_memory
 from colab_qlora.training.live_callbacks import LossPlot, readers_for
 from colab_qlora.training.older_names import trainer_arguments
 from colab_qlora.training.one_start_token import one_start_text, with_one_start

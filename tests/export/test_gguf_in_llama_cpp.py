@@ -18,7 +18,6 @@ from model_files import (  # noqa: E402
     KINDS,
     LINES,
     adapted,
-    byte_level,
     exact_tensors,
     read_gguf,
     sentencepiece_like,
@@ -31,16 +30,6 @@ from colab_qlora.export.gguf_methods import METHODS, find_methods  # noqa: E402
 from colab_qlora.export.llama_cpp_quantizer import quantize_file  # noqa: E402
 from colab_qlora.export.merged import save_pretrained_merged  # noqa: E402
 from colab_qlora.export.save_gguf import save_pretrained_gguf  # noqa: E402
-
-
-@pytest.fixture(scope="module")
-def tokenizer():
-    return byte_level("smollm")
-
-
-@pytest.fixture(scope="module")
-def folder(tokenizer, tmp_path_factory):
-    return write_model(tmp_path_factory.mktemp("gguf") / "tiny-llama", "llama", tokenizer)
 
 
 def logits_of(model, prompts):

@@ -20,7 +20,6 @@ from model_files import (  # noqa: E402
     KINDS,
     LLAMA_3_ROPE,
     adapted,
-    byte_level,
     exact_tensors,
     read_gguf,
     write_model,
@@ -32,16 +31,6 @@ from colab_qlora.export import gguf_file, gguf_tensors  # noqa: E402
 from colab_qlora.export.gguf_methods import OURS, find_methods  # noqa: E402
 from colab_qlora.export.merged import save_pretrained_merged  # noqa: E402
 from colab_qlora.export.save_gguf import save_pretrained_gguf  # noqa: E402
-
-
-@pytest.fixture(scope="module")
-def tokenizer():
-    return byte_level("smollm")
-
-
-@pytest.fixture(scope="module")
-def folder(tokenizer, tmp_path_factory):
-    return write_model(tmp_path_factory.mktemp("gguf") / "tiny-llama", "llama", tokenizer)
 
 
 @pytest.fixture(scope="module")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import json
+import shutil
 from types import SimpleNamespace
 
 import pytest
@@ -13,7 +14,6 @@ pytest.importorskip("safetensors")
 import safetensors.torch  # noqa: E402
 
 from colab_qlora import UserError  # noqa: E402
-from colab_qlora.quantization import shard_writer  # noqa: E402
 from colab_qlora.quantization.shard_writer import (  # noqa: E402
     PlannedTensor,
     split_into_shards,
@@ -158,7 +158,7 @@ def test_an_empty_folder_stays_where_writing_fails(tmp_path, monkeypatch):
 def test_a_disk_that_is_too_small_is_seen_before_the_first_byte(tmp_path, monkeypatch):
     gib = 2**30
     usage = SimpleNamespace(free=3 * gib)
-    monkeypatch.setattr(shard_writer.shutil, "disk_usage", lambda _: usage)
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: usage)
 
     def never():
         raise AssertionError("nothing is made")
