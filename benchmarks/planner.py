@@ -115,7 +115,12 @@ def _measure(
 ) -> dict[str, Any]:
     import torch
 
-    from benchmarks.train_step_measure import free_memory, make_step, time_unless_full
+    from benchmarks.train_step_measure import (
+        free_memory,
+        is_recorded,
+        make_step,
+        time_unless_full,
+    )
     from colab_qlora.activations.plan import BudgetTooSmall
     from colab_qlora.models.adapters import set_gradient_checkpointing
     from colab_qlora.models.smart import runtime_of
@@ -145,23 +150,28 @@ def _measure(
         "out_of_memory": found is None,
         "predicted_ms": 1e3 * plan.step_seconds,
         "predicted_peak_gib": plan.peak_memory_gib,
-        "host_gib": plan.step.plan.host_bytes / 2**30,
+        # "host_gib" of what was found is what the process had in all
+        "pinned_gib": plan.step.plan.host_bytes / 2**30,
         "recompute_share": plan.step.recompute_share,
         "seconds_in_all": time.perf_counter() - began,
         "plan": plan.step.plan.describe(),
         **{f"{name}_bytes": moment.bytes for name, moment in plan.step.moments.items()},
+        "is_recorded": is_recorded(model),
         **(found or {}),
     }
 
 
-_HEAD = ("case", "peak GiB", "predicted", "off by", "step ms", "predicted", "off by", "recomputed")
+_HEAD = (
+    *("case", "peak GiB", "predicted", "off by", "step ms", "predicted", "off by"),
+    *("recomputed", "recorded"),
+)
 
 
 def _cells(row: dict[str, Any]) -> list[str]:
     if not row["fits"]:
-        return [row["case"], "predicted not to fit", *["-"] * 6]
+        return [row["case"], "predicted not to fit", *["-"] * 7]
     if row["out_of_memory"]:
-        return [row["case"], "OUT OF MEMORY", number(row["predicted_peak_gib"]), *["-"] * 5]
+        return [row["case"], "OUT OF MEMORY", number(row["predicted_peak_gib"]), *["-"] * 6]
     peak, ms = row["peak_gib"], row["step_ms"]
     return [
         row["case"],
@@ -172,6 +182,7 @@ def _cells(row: dict[str, Any]) -> list[str]:
         number(row["predicted_ms"], 4),
         f"{row['predicted_ms'] / ms - 1:+.1%}",
         f"{row['recompute_share']:.0%}",
+        "yes" if row["is_recorded"] else "no",
     ]
 
 

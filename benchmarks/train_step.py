@@ -76,6 +76,7 @@ def _options() -> argparse.Namespace:
     parser.add_argument("--lean", action="store_true", help="ours with its low-memory settings")
     parser.add_argument("--budget-gib", type=float, help="GPU memory for ours_smart")
     parser.add_argument("--host-gib", type=float, help="pinned host memory for ours_smart")
+    parser.add_argument("--no-graphs", action="store_true", help="ours, no pass recorded")
     parser.add_argument("--profile", action="store_true", help="list the longest kernels")
     parser.add_argument("--dry", action="store_true", help="a tiny model, in this process")
     parser.add_argument("--name", help="name of the result file")
@@ -101,6 +102,7 @@ def _fill_in(parser: argparse.ArgumentParser, options: argparse.Namespace) -> No
     usual = "float16" if options.t4 else "float32" if options.dry else "bfloat16"
     options.dtype = options.dtype or usual
     marks = [mark for mark in ("t4", "lean", "dry") if getattr(options, mark)]
+    marks += ["no_graphs"] * options.no_graphs
     marks += [options.optimizer] if options.optimizer != "flat" else []
     options.name = options.name or "_".join(["train_step", Path(options.model).name, *marks])
     if not options.dry and not options.child:
@@ -135,6 +137,7 @@ def _run(options: argparse.Namespace, name: str, rows: list[dict[str, Any]]) -> 
     if options.host_gib is not None:
         arguments += ["--host-gib", str(options.host_gib)]
     arguments += [f"--{flag}" for flag in ("t4", "lean", "profile") if getattr(options, flag)]
+    arguments += ["--no-graphs"] * options.no_graphs
     return run_child(MODULE, [*arguments, options.model], timeout_s=TIMEOUT_S, on_row=take)[1]
 
 
@@ -158,6 +161,7 @@ def _measure(options: argparse.Namespace, name: str, take: Any) -> None:
         is_lean=options.lean and is_ours,
         memory_budget_gib=options.budget_gib,
         host_budget_gib=options.host_gib,
+        records=not options.no_graphs,
     )
     optimizer = options.optimizer if is_ours else "bnb"
     steps = STEPS_DRY if options.dry else STEPS
@@ -201,6 +205,8 @@ def _line(row: dict[str, Any]) -> str:
 
 def _print_details(row: dict[str, Any]) -> None:
     where = f"{row['implementation']} {row['shape']}"
+    if row.get("is_recorded"):
+        print(f"{where}: layers recorded as CUDA graphs, {row['reserved_gib']:.2f} GiB reserved")
     for reason, count in row["stock_passes"].items():
         print(f"{where}: {count} layer passes ran the model's own code: {reason}")
     for ms, count, kernel in row.get("kernels", []):

@@ -70,7 +70,8 @@ def measure_implementation(
         if found and (shows_kernels or not is_profiled):
             row |= _look_inside(step, model, device, shows_kernels)
             is_profiled = True
-        take(row | {"out_of_memory": found is None, "stock_passes": _stock_passes(model)})
+        row |= {"out_of_memory": found is None, "stock_passes": _stock_passes(model)}
+        take(row | {"is_recorded": is_recorded(model)})
         optimizer.zero_grad(set_to_none=True)
         free_memory(model, device)
 
@@ -184,10 +185,16 @@ def _stock_passes(model: Any) -> dict[str, int]:
     return dict(state.stock_passes) if state else {}
 
 
+def is_recorded(model: Any) -> bool:
+    """True if layers of ours run as CUDA graphs now."""
+    state = _state(model)
+    return bool(state and state.graphs.shapes)
+
+
 def free_memory(model: Any, device: torch.device) -> None:
     state = _state(model)
     if state is not None:
-        state.scratch.free()
+        state.free()
     gc.collect()
     if device.type == "cuda":
         torch.cuda.empty_cache()

@@ -32,6 +32,7 @@ class Request:
     is_lean: bool = False
     memory_budget_gib: float | None = None
     host_budget_gib: float | None = None
+    records: bool = True
 
 
 def _stock(request: Request, *, checkpointing: bool, uses_liger: bool = False) -> Any:
@@ -92,6 +93,7 @@ def _ours(request: Request, *, checkpointing: bool | str) -> Any:
     assert state is not None
     if request.is_lean:
         state.mlp_tokens, state.holds_gate_up, state.max_weight_bytes = 1024, False, 1
+    state.graphs.is_on = request.records
     return model
 
 
@@ -101,7 +103,7 @@ def _ours_dynamic(request: Request) -> Any:
     What it loads is also drawn, as `quantization_<model>.png` beside the results.
     """
     from colab_qlora import FastLanguageModel, quantization_report
-    from colab_qlora.models.fuse import causal_model
+    from colab_qlora.models.fuse import causal_model, state_of
 
     options = {
         "quantization": "dynamic",
@@ -112,6 +114,9 @@ def _ours_dynamic(request: Request) -> Any:
     record.folder().mkdir(parents=True, exist_ok=True)
     target = record.folder() / f"quantization_{Path(request.folder).name}.png"
     quantization_report(causal_model(model)).draw().savefig(target, dpi=110)
+    state = state_of(model)
+    assert state is not None
+    state.graphs.is_on = request.records
     return model
 
 

@@ -20,6 +20,7 @@ from colab_qlora.activations.cost_settings import (
 from colab_qlora.activations.gpu_profile import GpuProfile
 from colab_qlora.activations.model_shape import ModelShape, Rank
 from colab_qlora.activations.plan import BudgetTooSmall
+from colab_qlora.activations.recording import may_record
 from colab_qlora.activations.static_costs import CUDA_CONTEXT_BYTES
 from colab_qlora.activations.step_plan import StepPlan, can_plan, plan_step
 from colab_qlora.activations.step_time import Batch
@@ -193,9 +194,18 @@ class MemoryPlan:
         return self.error.floor_bytes / GIB
 
     @property
+    def may_record(self) -> bool:
+        """True if the layers run as CUDA graphs once a shape of batch has come often enough."""
+        if self.step is None:
+            return False
+        return may_record(self.step, self.machine.budget_bytes - self.step.peak_bytes)
+
+    @property
     def step_seconds(self) -> float:
         """Predicted seconds of a micro-batch, forward, backward and optimiser; nan if unfit."""
-        return self.step.step_s if self.step is not None else math.nan
+        if self.step is None:
+            return math.nan
+        return self.step.recorded_s if self.may_record else self.step.step_s
 
     @property
     def tokens_per_second(self) -> float:

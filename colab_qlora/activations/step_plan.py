@@ -89,8 +89,13 @@ class StepPlan:
 
     @property
     def step_s(self) -> float:
-        """Predicted seconds of one micro-batch with the optimiser's step."""
+        """Predicted seconds of one micro-batch with the optimiser's step, layers as ever."""
         return self.batch.step_s(self.plan.recompute) + self.plan.exposed_s + self.plan.setting_s
+
+    @property
+    def recorded_s(self) -> float:
+        """The same with recorded layers (`recording.py`)."""
+        return self.batch.step_s(self.plan.recompute, is_recorded=True) + self.plan.setting_s
 
     @property
     def full_checkpointing_s(self) -> float:

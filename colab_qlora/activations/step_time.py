@@ -19,6 +19,7 @@ from colab_qlora.activations.cost_settings import DEFAULT, CostSettings
 from colab_qlora.activations.costs import attention_flops
 from colab_qlora.activations.gpu_profile import GpuProfile
 from colab_qlora.activations.model_shape import ModelShape, Rank
+from colab_qlora.activations.recording import RECORDED_LAUNCHES
 from colab_qlora.activations.static_costs import nf4_bytes, static_bytes
 
 # a layer's launches when everything is recomputed, against none of it: at Llama-3.2-1B's shapes and
@@ -128,15 +129,25 @@ class Batch:
             2 * sum(sizes[n] for n in ("adapters", "gradients", "optimizer states"))
         )
 
-    def step_s(self, recomputed: Sequence[Mapping[str, int] | frozenset[str]]) -> float:
-        """Seconds of a step whose layers recompute these classes, without exposed copies."""
+    def step_s(
+        self,
+        recomputed: Sequence[Mapping[str, int] | frozenset[str]],
+        *,
+        is_recorded: bool = False,
+    ) -> float:
+        """Seconds of a step whose layers recompute these classes, without exposed copies.
+
+        Args:
+            is_recorded: the layers run as CUDA graphs.
+        """
         gpu_s = self.shape.layers * (self.forward_s + self.backward_s)
         gpu_s += sum(self.recompute_s[name] for names in recomputed for name in names)
         gpu_s += self.head_s + self.optimizer_s
         host_s = self.profile.step_launch_s
         for names in recomputed:
             share = len(names) / len(self.recompute_s)
-            host_s += self.profile.layer_launch_s * (1 + RECOMPUTE_LAUNCHES * share)
+            launches = RECORDED_LAUNCHES if is_recorded else 1 + RECOMPUTE_LAUNCHES * share
+            host_s += self.profile.layer_launch_s * launches
         return max(gpu_s, host_s)
 
     @property

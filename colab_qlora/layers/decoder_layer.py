@@ -7,6 +7,7 @@ nothing through autograd itself, so its backward pass can run once: a second one
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -63,6 +64,33 @@ def layer_backward(
     return dh0, gradients
 
 
+def check_backward(
+    is_spent: bool, trainable: Sequence[torch.nn.Parameter], versions: Sequence[int]
+) -> None:
+    """Raise a UserError where a backward pass would give wrong gradients.
+
+    Nothing goes through save_for_backward, so autograd does not watch the parameters.
+
+    Args:
+        is_spent: there was a backward pass already.
+        versions: of `trainable`, in the forward pass.
+    """
+    if is_spent:
+        raise UserError(
+            "a second backward pass through a fused layer",
+            got="retain_graph=True, or two losses that share this forward pass",
+            allowed="one backward pass for each forward pass",
+            do="Add the losses first, or undo the fused layers with restore(model)",
+        )
+    if [parameter._version for parameter in trainable] != versions:
+        raise UserError(
+            "an adapter was changed between the forward and the backward pass",
+            got="an optimiser step, or another write into a LoRA weight",
+            allowed="backward passes before the step that they belong to",
+            do="Call backward() on every loss first, then optimizer.step()",
+        )
+
+
 class _FusedLayer(torch.autograd.Function):
     @staticmethod
     def forward(
@@ -74,7 +102,6 @@ class _FusedLayer(torch.autograd.Function):
         *trainable: torch.nn.Parameter,
     ) -> torch.Tensor:
         ctx.parts, ctx.run, ctx.saved, ctx.trainable = parts, run, saved, trainable
-        # nothing goes through save_for_backward, so autograd does not watch the parameters
         ctx.versions = [parameter._version for parameter in trainable]
         flat = hidden.detach().reshape(-1, hidden.shape[-1]).contiguous()
         return layer_forward(flat, parts, run, saved).view(hidden.shape)
@@ -82,20 +109,7 @@ class _FusedLayer(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, dh: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
-        if ctx.saved is None:
-            raise UserError(
-                "a second backward pass through a fused layer",
-                got="retain_graph=True, or two losses that share this forward pass",
-                allowed="one backward pass for each forward pass",
-                do="Add the losses first, or undo the fused layers with restore(model)",
-            )
-        if [parameter._version for parameter in ctx.trainable] != ctx.versions:
-            raise UserError(
-                "an adapter was changed between the forward and the backward pass",
-                got="an optimiser step, or another write into a LoRA weight",
-                allowed="backward passes before the step that they belong to",
-                do="Call backward() on every loss first, then optimizer.step()",
-            )
+        check_backward(ctx.saved is None, ctx.trainable, ctx.versions)
         saved, ctx.saved = ctx.saved, None
         try:
             needs_dx = ctx.needs_input_grad[0]

@@ -57,6 +57,7 @@ def fuse(model: Any, state: FusedState | None = None) -> FusedState:
     layers = list(getattr(trunk, "layers", None) or [])
     fusable = bool(layers) and not any(why_not_fusable(layer) for layer in layers)
     if fusable:
+        state.layer_count = len(layers)
         for number, layer in enumerate(layers):
             stock = type(layer)
             layer.__class__ = fused_layer_class(stock)
@@ -100,7 +101,7 @@ def _restore(model: Any, *, keeps_table: bool) -> Any:
         handle.remove()
     if is_fused_head(causal):
         causal.__class__ = stock_class(type(causal))
-    state.scratch.free()
+    state.free()
     return model
 
 

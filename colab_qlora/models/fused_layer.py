@@ -14,11 +14,13 @@ import torch
 
 from colab_qlora.layers.decoder_layer import fused_layer
 from colab_qlora.layers.layer_parts import LayerParts, Pass
+from colab_qlora.layers.recorded_layer import recorded_layer
 from colab_qlora.models.architectures import attention_window
 from colab_qlora.models.documents import documents_of, is_stand_in, stock_mask
 from colab_qlora.models.fused_class import reduce_by, stock_class
 from colab_qlora.models.fused_state import LayerChoice, fused_state
 from colab_qlora.models.key_value_cache import cache_in
+from colab_qlora.models.recorded_passes import graph_for, layer_pass
 
 
 @functools.cache
@@ -74,7 +76,14 @@ def _forward(
     autocast = (torch.is_autocast_enabled(kind), torch.get_autocast_dtype(kind))
     chunks = state.mlp_chunks(parts, choice, shape.tokens)
     run = Pass(shape, cos, sin, lead, state.scratch, autocast, chunks)
-    return fused_layer(hidden_states, parts, run, state.store_for(choice))
+    layer = layer_pass(state, self, hidden_states, parts, run, choice)
+    graph = graph_for(state, layer)
+    if graph is not None and layer is not None:
+        return recorded_layer(hidden_states, graph, state.graphs.flight(is_last=layer.is_last))
+    out = fused_layer(hidden_states, parts, run, state.store_for(choice))
+    if layer is not None:
+        state.graphs.layer_ran(layer, state.scratch.bytes_held())
+    return out
 
 
 def _why_stock(

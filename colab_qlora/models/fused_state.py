@@ -22,6 +22,7 @@ from colab_qlora.models.architectures import (
 )
 from colab_qlora.models.decoder_families import known_family
 from colab_qlora.models.documents import documents_of, is_stand_in
+from colab_qlora.models.pass_graphs import PassGraphs
 
 ATTRIBUTE = "colab_qlora_fused"
 LAYER_NUMBER = "colab_qlora_layer_number"
@@ -73,6 +74,8 @@ class FusedState:
         logits_budget_bytes: for a chunk of logits; None: 256 MiB.
         last_shape: what the attention of the present batch is computed over.
         trained: the weights that the model learns, which are watched over at every batch.
+        graphs: recordings of the layers' passes on batches that would wait for the host.
+        layer_count: layers of the model that are fused.
         stock_passes: reasons why layers ran the model's own code, and how often; generation with a
             key-value cache does not count.
     """
@@ -87,17 +90,23 @@ class FusedState:
     stock_passes: dict[str, int] = field(default_factory=dict)
     last_shape: AttentionShape | None = None
     trained: TrainedWeights = field(default_factory=TrainedWeights)
+    graphs: PassGraphs = field(default_factory=lambda: PassGraphs(_print_line))
+    layer_count: int = 0
     _shapes: dict[Any, tuple[Any, AttentionShape]] = field(default_factory=dict)
     _tables: Any = (None, None)
     _readings: Any = field(default_factory=weakref.WeakKeyDictionary)
 
+    def __post_init__(self) -> None:
+        self.graphs.free_scratch = self.scratch.free
+
     def __getstate__(self) -> dict[str, Any]:
         """The settings; not what belongs to the present batch, or was read of the present model."""
-        names = ("last_shape", "trained", "_shapes", "_tables", "_readings")
+        names = ("last_shape", "trained", "graphs", "_shapes", "_tables", "_readings")
         return {name: value for name, value in vars(self).items() if name not in names}
 
     def __setstate__(self, settings: dict[str, Any]) -> None:
         vars(self).update(vars(FusedState()) | settings)
+        self.__post_init__()
 
     def choice_for(
         self, layer: Any, hidden: torch.Tensor, mask: torch.Tensor | None
@@ -202,13 +211,20 @@ class FusedState:
     def forget(self) -> None:
         """Let go of all that was read of the model, so that a replaced weight is freed at once."""
         self.new_batch()
+        self.graphs.clear()
         self._readings.clear()
+
+    def free(self) -> None:
+        """Give back all memory that is kept from one pass to the next."""
+        self.graphs.clear()
+        self.scratch.free()
 
     def new_batch(self) -> None:
         """Let the last batch's shape and masks go."""
         self.last_shape = None
         self._shapes.clear()
         self._tables = (None, None)
+        self.graphs.new_batch()
         if self.runtime is not None:
             self.runtime.new_pass()
 
@@ -246,6 +262,10 @@ def fused_state(module: Any) -> FusedState | None:
     """The state of a swapped module, or None."""
     found = module.__dict__.get(ATTRIBUTE)
     return found if isinstance(found, FusedState) else None
+
+
+def _print_line(line: str) -> None:
+    print(f"colab_qlora: {line}", flush=True)
 
 
 def _kind_of(layer: Any, hidden: torch.Tensor, mask: torch.Tensor | None) -> BatchKind:

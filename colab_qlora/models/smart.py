@@ -93,10 +93,31 @@ def plan_batches(
 def stop_planning(model: Any) -> None:
     """Have layers follow their gradient_checkpointing flag again, and the embedding come back."""
     bring_embedding_back(model)
+    free_recordings(model)
     state = state_of(model)
     if state is not None:
         state.runtime = None
     detach_stock_planner(causal_model(model))
+
+
+def free_recordings(model: Any, *, only_if_short: bool = False) -> None:
+    """Let recorded passes go, with the GPU memory that nothing else can use meanwhile.
+
+    Args:
+        only_if_short: not where as much memory is free beside it.
+    """
+    state = state_of(model)
+    if state is None or not state.graphs.shapes:
+        return
+    if only_if_short and _has_room_beside(state.graphs.idle_bytes()):
+        return
+    state.graphs.clear()
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
+
+
+def _has_room_beside(idle_bytes: int) -> bool:
+    return not idle_bytes or torch.cuda.mem_get_info()[0] > idle_bytes
 
 
 def bring_embedding_back(model: Any) -> None:

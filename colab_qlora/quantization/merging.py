@@ -19,7 +19,7 @@ import torch
 
 from colab_qlora.models.adapters import disable_checkpointing
 from colab_qlora.models.fuse import restore
-from colab_qlora.models.smart import bring_embedding_back, stop_planning
+from colab_qlora.models.smart import bring_embedding_back, free_recordings, stop_planning
 from colab_qlora.quantization.checkpoint_parts import (
     Matrix,
     forget_quantisation,
@@ -52,6 +52,7 @@ def merge_16_bit(model: Any) -> Any:
     """
     check_unloadable(model)
     bring_embedding_back(model)
+    free_recordings(model)
     merge = MergedWeights(model)
     # all of them before anything changes: a weight that cannot be read leaves a model that works
     made = {

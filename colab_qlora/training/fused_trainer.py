@@ -15,6 +15,7 @@ import trl
 
 from colab_qlora.models.fuse import causal_model, state_of
 from colab_qlora.models.fused_head import is_fused_head
+from colab_qlora.models.smart import free_recordings
 from colab_qlora.training.embedding_rate import parameter_groups
 from colab_qlora.training.metrics_by_row import (
     check_room_for_logits,
@@ -93,6 +94,7 @@ class FusedTrainer(trl.SFTTrainer):
 
     def evaluation_loop(self, *args: Any, **kwargs: Any) -> Any:
         """As transformers; `preprocess_logits_for_metrics` gets a row at a time."""
+        free_recordings(self.model, only_if_short=True)
         given = self.preprocess_logits_for_metrics
         if not self._model_computes_loss():
             return self._evaluate_by_batch(*args, **kwargs)

@@ -53,7 +53,7 @@ def with_less_memory(model: Any, step: Callable[[], Result], say: Callable[[str]
         say(f"out of memory ({what}); {planner.lower_budget()}")
         state = state_of(model)
         if state is not None:
-            state.scratch.free()
+            state.free()
         gc.collect()
         if planner.device.type == "cuda":
             torch.cuda.empty_cache()

@@ -63,7 +63,7 @@ class RescuingTrainer(FusedTrainer):
         self.model.zero_grad(set_to_none=True)  # type: ignore[union-attr]
         state = state_of(self.model)
         if state is not None:
-            state.scratch.free()  # as large as the batch that did not fit
+            state.free()  # as large as the batch that did not fit
         if torch.cuda.is_available():
             torch.cuda.empty_cache()
         args: Any = self.args

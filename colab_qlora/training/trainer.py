@@ -20,7 +20,7 @@ from transformers.trainer_utils import TrainOutput
 from transformers.utils.notebook import NotebookProgressCallback
 
 from colab_qlora.disk import is_disk_full
-from colab_qlora.models.smart import bring_embedding_back, runtime_of
+from colab_qlora.models.smart import bring_embedding_back, free_recordings, runtime_of
 from colab_qlora.quantization.remaking import follow_map, follow_or_say
 from colab_qlora.quantization.schedule import ScheduleSettings
 from colab_qlora.training.adapter_dtype import adapters_kept, adapters_to_float32
@@ -41,6 +41,7 @@ from colab_qlora.training.packing import (
     truncation_left_to_us,
     without_attention_warnings,
 )
+from colab_qlora.training.padding import pad_to_few_lengths
 from colab_qlora.training.quantization_schedule import QuantizationSchedule, schedules_for
 from colab_qlora.training.rescue import RescuingTrainer
 from colab_qlora.training.resume import (
@@ -130,6 +131,7 @@ class SFTTrainer(RescuingTrainer):
         self.train_dataset = truncated(self.train_dataset, self.args)
         self.eval_dataset = truncated(self.eval_dataset, self.args)
         self._describe_rows()
+        pad_to_few_lengths(self, self._say)
         self._set_precision()
         self._report_in_one_way()
         given = self.callback_handler.callbacks
@@ -242,6 +244,7 @@ class SFTTrainer(RescuingTrainer):
             raise
         finally:
             self.args.eval_on_start = eval_on_start
+            free_recordings(self.model)
             self._bring_embedding_back()
             self._loss_log.close()  # raises nothing: the readers have to be told in any case
             for reader in self._readers():

@@ -1,0 +1,292 @@
+"""One decoder layer's forward and backward pass on batches of one shape, recorded.
+
+    forward    input's place -> [recorded] -> output's place, and what the backward pass will read
+    backward   gradient's place -> [recorded] -> place of the input's gradient, gradients in a row
+
+A layer's output is the next one's input, where it lies; gradients go down through two buffers by
+turns. So between layers nothing is copied. The parameters' gradients lie in a row in a buffer that
+all layers share, and are copied out of it at once, together.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+
+from colab_qlora.kernels.copy_rows import copy_rows
+from colab_qlora.layers.decoder_layer import layer_backward, layer_forward
+from colab_qlora.layers.graph_recorder import Recorder, Recording
+from colab_qlora.layers.layer_parts import LayerParts, Pass
+from colab_qlora.layers.saved import SavedTensors
+from colab_qlora.layers.scratch import Scratch, Wide, new_rows, wide_of
+
+Gradients = list[torch.Tensor | None]
+
+
+class ShapeMemory:
+    """What the recorded layers share for batches of one shape.
+
+    Args:
+        recorder: makes the recordings of all shapes of a model.
+        rows: where gradients of parameters lie, shared by all shapes.
+    """
+
+    def __init__(self, recorder: Recorder, rows: GradientRows) -> None:
+        self.recorder, self.rows = recorder, rows
+        self.scratch = _FixedScratch(self)
+        self.has_failed = False
+        # of the layer that is being recorded: which of two buffers its gradient comes in
+        self.side = 0
+        self._wide: dict[tuple[int, int, int], Wide] = {}
+        self._tables: dict[tuple[Any, ...], FixedTables] = {}
+
+    def wide(self, side: int, like: torch.Tensor, spare: int) -> Wide:
+        """One of the two buffers that gradients go down through, (tokens, width + spare)."""
+        tokens, width = like.shape
+        key = (side % 2, width, spare)
+        found = self._wide.get(key)
+        if found is None:
+            found = wide_of(new_rows(like, (tokens, width + spare)), width)
+            self._wide[key] = found
+        return found
+
+    def tables(self, kind: tuple[Any, ...], cos: torch.Tensor, sin: torch.Tensor) -> FixedTables:
+        """The place of a kind of layers' rotation tables."""
+        found = self._tables.get(kind)
+        if found is None:
+            found = self._tables[kind] = FixedTables(torch.empty_like(cos), torch.empty_like(sin))
+        return found
+
+    def new_pass(self) -> None:
+        """Tables belong to a batch."""
+        for tables in self._tables.values():
+            tables.source = None
+
+    def all_recorded(self) -> None:
+        """Nobody asks for scratch memory any more; what is recorded later may use it."""
+        if not self.recorder.runs_again:
+            self.scratch.free()
+
+
+class _FixedScratch(Scratch):
+    """Scratch memory for recordings: what a layer hands down lies in one of two places."""
+
+    def __init__(self, memory: ShapeMemory) -> None:
+        super().__init__()
+        self._memory = memory
+
+    def offer(self, like: torch.Tensor, spare: int) -> torch.Tensor:
+        return self._memory.wide(self._memory.side + 1, like, spare).main
+
+    def taken(self, tensor: torch.Tensor, spare: int) -> Wide | None:
+        return None
+
+
+@dataclass
+class FixedTables:
+    """Where recorded layers read the rotation tables; filled once a pass."""
+
+    cos: torch.Tensor
+    sin: torch.Tensor
+    source: Any = None
+
+    def fill(self, cos: torch.Tensor, sin: torch.Tensor) -> None:
+        if self.source is not cos:
+            self.cos.copy_(cos)
+            self.sin.copy_(sin)
+            self.source = cos
+
+
+@dataclass
+class GradientRows:
+    """Buffers that layers write their gradients to, one a dtype; each layer overwrites them."""
+
+    buffers: dict[torch.dtype, torch.Tensor] = field(default_factory=dict)
+
+    def get(self, dtype: torch.dtype, numbers: int, device: torch.device) -> torch.Tensor:
+        """So many numbers. A larger request gets a new buffer; whoever has the old one keeps it."""
+        held = self.buffers.get(dtype)
+        if held is None or held.numel() < numbers:
+            held = self.buffers[dtype] = torch.empty(numbers, dtype=dtype, device=device)
+        return held[:numbers]
+
+
+class LayerGraph:
+    """A layer's recorded passes; the backward pass is recorded when it is first asked for.
+
+    Args:
+        hidden: the layer's input, (batch, length, width); recorded layers read it where it lies if
+            `is_fixed`, else from a place of their own.
+        parts, run, saved: as for `layer_forward`; `run` has the scratch memory and the tables of
+            `memory`.
+        side: which of the two buffers the output's gradient comes in: by turns, layer by layer.
+        is_first, is_last: the input's gradient, or the output, leaves the layers: it is copied.
+        needs_dx: whether the input's gradient is wanted.
+
+    Raises:
+        RuntimeError: as `GraphRecorder.record`.
+    """
+
+    def __init__(
+        self,
+        hidden: torch.Tensor,
+        parts: LayerParts,
+        run: Pass,
+        saved: SavedTensors,
+        memory: ShapeMemory,
+        tables: FixedTables,
+        *,
+        side: int,
+        is_fixed: bool,
+        is_first: bool,
+        is_last: bool,
+        needs_dx: bool,
+    ) -> None:
+        self.parts, self.tables, self.needs_dx = parts, tables, needs_dx
+        self.trainable = parts.trainable()
+        self.addresses = addresses_of(parts)
+        self._run, self._saved, self._memory = run, saved, memory
+        self._side, self._is_first, self._is_last = side, is_first, is_last
+        self._lead = run.lead
+        flat = hidden.detach().reshape(-1, hidden.shape[-1])
+        # with the tensor that owns the place
+        self._input = flat if is_fixed else flat.clone(memory_format=torch.contiguous_format)
+        self._forward = memory.recorder.record(
+            lambda: (layer_forward(self._input, parts, run, saved),)
+        )
+        output = self._forward.results[0]
+        assert output is not None
+        self.output = output.view(*self._lead, output.shape[-1])
+        self._backward: Recording | None = None
+        self._gradient: Wide | None = None
+        self._layout: _Layout | None = None
+
+    @property
+    def is_whole(self) -> bool:
+        """Both passes are recorded."""
+        return self._backward is not None
+
+    def forward(self, hidden: torch.Tensor) -> torch.Tensor:
+        """The layer's output, (batch, length, width), good until the next batch's pass."""
+        if hidden.data_ptr() != self._input.data_ptr():
+            self._input.view(hidden.shape).copy_(hidden)
+        self._forward()
+        # a tensor of its own, which can have a graph; `data`, as a view would be one for autograd
+        return self.output.clone() if self._is_last else self.output.data
+
+    def backward(self, dh: torch.Tensor) -> tuple[torch.Tensor | None, Gradients]:
+        """Gradients of the input, good until the next layer's pass but one, and of `trainable`."""
+        place = self._placed(dh)
+        is_recorded = self._backward is not None
+        if not is_recorded and not self._memory.has_failed:
+            is_recorded = self._record_backward(place)
+        if not is_recorded:
+            return self._unrecorded(place)
+        assert self._backward is not None and self._layout is not None
+        self._backward()
+        dx = self._backward.results[0]
+        if dx is not None:
+            dx = dx.view(dh.shape)
+            dx = dx.clone() if self._is_first else dx.data
+        return dx, self._layout.taken()
+
+    def _placed(self, dh: torch.Tensor) -> Wide:
+        """The output's gradient where the recorded pass reads it."""
+        flat = dh.reshape(-1, dh.shape[-1])
+        if self._gradient is None:
+            spare = self.parts.down.spare_columns(dh.device)
+            self._gradient = self._memory.wide(self._side, flat, spare)
+        place = self._gradient
+        if flat.data_ptr() != place.main.data_ptr() or flat.stride() != place.main.stride():
+            copy_rows(flat if flat.stride(1) == 1 else flat.contiguous(), place.main)
+        return place
+
+    def _record_backward(self, place: Wide) -> bool:
+        """False if it cannot be recorded."""
+        layout = _Layout(self.trainable, self._memory.rows)
+
+        def work() -> tuple[torch.Tensor | None]:
+            dx, found = layer_backward(
+                place, self.parts, self._run, self._saved, needs_dx=self.needs_dx
+            )
+            layout.write([found.of(p) for p in self.trainable])
+            return (dx,)
+
+        self._memory.side = self._side
+        try:
+            self._backward = self._memory.recorder.record(work)
+        except RuntimeError:
+            self._memory.has_failed = True
+            return False
+        self._layout = layout
+        if not self._memory.recorder.runs_again:
+            self._saved.release()
+        return True
+
+    def _unrecorded(self, place: Wide) -> tuple[torch.Tensor | None, Gradients]:
+        """The backward pass of a forward pass that was recorded."""
+        self._memory.side = self._side
+        dx, found = layer_backward(
+            place, self.parts, self._run, self._saved, needs_dx=self.needs_dx
+        )
+        self._saved.release()
+        if dx is not None:
+            dx = dx.view(*self._lead, dx.shape[-1]).clone()
+        return dx, [found.of(p) for p in self.trainable]
+
+
+class _Layout:
+    """Where each parameter's gradient lies in the shared rows."""
+
+    def __init__(self, parameters: list[torch.nn.Parameter], rows: GradientRows) -> None:
+        self._by_dtype: dict[torch.dtype, list[int]] = {}
+        for index, parameter in enumerate(parameters):
+            self._by_dtype.setdefault(parameter.dtype, []).append(index)
+        self._shapes = [parameter.shape for parameter in parameters]
+        self._sizes: dict[torch.dtype, list[int]] = {}
+        self._row: dict[torch.dtype, torch.Tensor] = {}
+        self._has = [True] * len(parameters)
+        for dtype, indices in self._by_dtype.items():
+            self._sizes[dtype] = [parameters[index].numel() for index in indices]
+            device = parameters[indices[0]].device
+            self._row[dtype] = rows.get(dtype, sum(self._sizes[dtype]), device)
+
+    def write(self, gradients: Gradients) -> None:
+        """Copy gradients to their places."""
+        self._has = [gradient is not None for gradient in gradients]
+        for dtype, indices in self._by_dtype.items():
+            places = self._row[dtype].split(self._sizes[dtype])
+            pairs = [
+                (place.view(gradient.shape), gradient)
+                for place, index in zip(places, indices, strict=True)
+                if (gradient := gradients[index]) is not None
+            ]
+            if pairs:
+                torch._foreach_copy_([p for p, _ in pairs], [g for _, g in pairs])
+
+    def taken(self) -> Gradients:
+        """The gradients as tensors of the caller's own."""
+        found: Gradients = [None] * len(self._shapes)
+        for dtype, indices in self._by_dtype.items():
+            pieces = self._row[dtype].clone().split(self._sizes[dtype])
+            for piece, index in zip(pieces, indices, strict=True):
+                if self._has[index]:
+                    found[index] = piece.view(self._shapes[index])
+        return found
+
+
+def addresses_of(parts: LayerParts) -> tuple[int, ...]:
+    """Where everything stands that a layer's kernels read besides its input."""
+    found: list[int] = [norm.weight.data_ptr() for norm in parts.norms()]
+    # bitsandbytes' weights are a subclass of torch's that would be asked at every look
+    with torch._C.DisableTorchFunctionSubclass():
+        for group in parts.groups():
+            for part in group.parts:
+                found += part.addresses()
+                if part.bias is not None:
+                    found.append(part.bias.data_ptr())
+            for _, _, block in group.blocks:
+                found += (block.a.data_ptr(), block.b.data_ptr())
+    return tuple(found)

@@ -1,0 +1,81 @@
+"""What a fused layer tells `PassGraphs` of its part of a pass, and of the memory there is."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+
+from colab_qlora.activations.recording import recording_bytes
+from colab_qlora.layers.layer_graph import LayerGraph
+from colab_qlora.layers.layer_parts import LayerParts, Pass
+from colab_qlora.layers.saved import SavedTensors
+from colab_qlora.models.architectures import largest_linear_bytes, read_layer
+from colab_qlora.models.fused_state import LAYER_NUMBER, FusedState, LayerChoice
+from colab_qlora.models.pass_parts import LayerPass, Room
+
+
+def graph_for(state: FusedState, layer: LayerPass | None) -> LayerGraph | None:
+    """The recording that this pass runs, if there is one or it is made now."""
+    return None if layer is None else state.graphs.graph_of(layer, lambda: room_of(state))
+
+
+def layer_pass(
+    state: FusedState,
+    layer: Any,
+    hidden: torch.Tensor,
+    parts: LayerParts,
+    run: Pass,
+    choice: LayerChoice,
+) -> LayerPass | None:
+    """A layer's part of a pass that may be recorded; None if this one may not."""
+    if not state.graphs.takes(hidden) or not torch.is_grad_enabled():
+        return None
+    number = layer.__dict__.get(LAYER_NUMBER)
+    learns = hidden.requires_grad or bool(parts.trainable())
+    current = state.runtime.current if state.runtime else None
+    step = None if current is None else current.step
+    if number is None or not learns or _is_hooked(layer) or (step and any(step.offload)):
+        return None
+    return LayerPass(
+        number=number,
+        is_last=number == state.layer_count - 1,
+        hidden=hidden,
+        parts=parts,
+        run=run,
+        store=lambda: SavedTensors(choice.plan),
+        choice=choice,
+        plan=choice if step is None else step.stored,
+        read_again=lambda scratch: read_layer(
+            layer, scratch, _weight_bytes(layer, choice), holds_gate_up=choice.holds_gate_up
+        ),
+        kind=(run.cos.shape, parts.window, parts.uses_rope),
+    )
+
+
+def room_of(state: FusedState) -> Room:
+    """GPU memory that is left of the budget that the present plan was made for."""
+    current = state.runtime.current if state.runtime else None
+    free, total = torch.cuda.mem_get_info()
+    allocated = torch.cuda.memory_allocated()
+    cap = int(torch.cuda.get_per_process_memory_fraction() * total)
+    left = min(free + torch.cuda.memory_reserved(), cap) - allocated
+    if current is None or current.step is None:
+        return Room(left, None)
+    left = min(left, current.machine.budget_bytes - allocated)
+    batch = current.step.batch
+    extra = recording_bytes(batch.shape, batch.rank, batch.tokens, batch.settings)
+    return Room(left, max(0, current.step.peak_bytes - allocated), extra)
+
+
+def _weight_bytes(layer: Any, choice: LayerChoice) -> int | None:
+    """As `FusedState.reading_of` decides."""
+    if choice.max_weight_bytes is None and choice.is_short and not choice.holds_gate_up:
+        return largest_linear_bytes(layer)
+    return choice.max_weight_bytes
+
+
+def _is_hooked(layer: Any) -> bool:
+    """Somebody sees the layer's output, which of a recorded layer is good for one pass only."""
+    own = layer.__dict__
+    return bool(own["_forward_hooks"] or own["_forward_pre_hooks"] or "forward" in own)

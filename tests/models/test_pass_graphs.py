@@ -1,0 +1,371 @@
+"""Recorded layers give what layers give that run as ever, bit by bit, whatever happens in between.
+
+On a CPU a recording does its work again at the same addresses (`Rerun`), which is all that the code
+around it can tell; on a GPU they are CUDA graphs.
+"""
+
+from __future__ import annotations
+
+import copy
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+torch = pytest.importorskip("torch")
+pytest.importorskip("peft")
+sys.path.insert(0, str(Path(__file__).parent.parent / "layers"))
+
+from layer_helpers import FAMILIES, batch, gradients, tiny_model  # noqa: E402
+from peft import LoraConfig  # noqa: E402
+
+from colab_qlora import FastLanguageModel, UserError  # noqa: E402
+from colab_qlora.layers.graph_recorder import Rerun  # noqa: E402
+from colab_qlora.layers.saved import KEEP_INPUT  # noqa: E402
+from colab_qlora.models.fuse import fuse, restore, state_of  # noqa: E402
+from colab_qlora.models.pass_graphs import MOST_RECORDED, PassGraphs  # noqa: E402
+from colab_qlora.models.smart import free_recordings  # noqa: E402
+
+IS_GPU = torch.cuda.is_available()
+# a shape is recorded in its third pass, and runs from the recording in the fourth
+PASSES = 5
+
+
+def record(model: Any, said: list[str] | None = None, recorder: Any = None) -> PassGraphs:
+    """Have every shape recorded at its third pass."""
+    state = state_of(model)
+    assert state is not None
+    if recorder is None and not IS_GPU:
+        recorder = Rerun()
+    say = print if said is None else said.append
+    state.graphs = PassGraphs(say, recorder=recorder, always=True)
+    return state.graphs
+
+
+def fused(family: str = "llama", dtype: Any = torch.float32, **lora: Any) -> Any:
+    model = tiny_model(family, dtype, **lora)
+    fuse(model)
+    return model
+
+
+def differing(found: dict[str, Any], expected: dict[str, Any]) -> list[str]:
+    assert found.keys() == expected.keys()
+    return [name for name in expected if not torch.equal(found[name], expected[name])]
+
+
+def passes(model: Any, inputs: dict[str, Any], count: int = PASSES) -> list[dict[str, Any]]:
+    return [gradients(model, inputs) for _ in range(count)]
+
+
+@pytest.fixture
+def recorded() -> Iterator[tuple[Any, dict[str, Any], dict[str, Any], PassGraphs]]:
+    """A model with a recording of `batch()`, and what that batch gives without one."""
+    model = fused()
+    inputs = batch()
+    expected = gradients(model, inputs)
+    graphs = record(model)
+    for found in passes(model, inputs):
+        assert not differing(found, expected)
+    assert len(graphs.shapes) == 1
+    yield model, inputs, expected, graphs
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
+def test_every_family_gives_the_same_bits(family, dtype):
+    model = fused(family, dtype)
+    batches = [batch(), batch(rows=1, length=7), batch("right", rows=3)]
+    expected = [gradients(model, inputs) for inputs in batches]
+    graphs = record(model)
+    for _ in range(PASSES):
+        for inputs, right in zip(batches, expected, strict=True):
+            assert not differing(gradients(model, inputs), right)
+    assert len(graphs.shapes) == len(batches)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
+def test_cuda_graphs_give_the_same_bits_in_16_bit(family, dtype):
+    model = fused(family, dtype)
+    batches = [batch(length=16), batch(rows=1, length=8)]
+    expected = [gradients(model, inputs) for inputs in batches]
+    graphs = record(model)
+    for _ in range(PASSES):
+        for inputs, right in zip(batches, expected, strict=True):
+            assert not differing(gradients(model, inputs), right)
+    assert len(graphs.shapes) == len(batches)
+
+
+def test_layers_that_recompute_are_recorded_too():
+    model = fused()
+    state = state_of(model)
+    assert state is not None
+    state.plan, state.mlp_tokens = KEEP_INPUT, 8
+    expected = gradients(model, batch())
+    graphs = record(model)
+    assert not any(differing(found, expected) for found in passes(model, batch()))
+    assert graphs.shapes
+
+
+def test_micro_batches_add_up(recorded):
+    model, inputs, _, _ = recorded
+    other = batch(length=9)
+
+    def sums() -> dict[str, Any]:
+        model.zero_grad()
+        for each in (inputs, inputs, other, inputs):
+            model(**each).loss.backward()
+        return {n: p.grad.clone() for n, p in model.named_parameters() if p.grad is not None}
+
+    found = sums()
+    restore(model)
+    fuse(model)
+    assert not differing(found, sums())
+
+
+def test_two_passes_under_way(recorded):
+    model, inputs, expected, _ = recorded
+    model.zero_grad()
+    first, second = model(**inputs).loss, model(**inputs).loss
+    second.backward()
+    model.zero_grad()
+    first.backward()
+    grads = {n: p.grad for n, p in model.named_parameters() if p.grad is not None}
+    assert not differing({"loss": first.detach(), **grads}, expected)
+
+
+def test_a_loss_that_is_dropped(recorded):
+    model, inputs, expected, graphs = recorded
+    loss = model(**inputs).loss
+    del loss
+    assert not any(differing(found, expected) for found in passes(model, inputs, 2))
+    # in the pass that records, it leaves half a recording
+    graphs.clear()
+    passes(model, inputs, 2)
+    model(**inputs)
+    assert not any(differing(found, expected) for found in passes(model, inputs))
+    assert len(graphs.shapes) == 1
+
+
+def test_evaluation_in_between(recorded):
+    model, inputs, expected, _ = recorded
+    loss = model(**inputs).loss
+    model.eval()
+    with torch.no_grad():
+        assert torch.equal(model(**inputs).loss, expected["loss"])
+    model.train()
+    model.zero_grad()
+    loss.backward()
+    grads = {n: p.grad for n, p in model.named_parameters() if p.grad is not None}
+    assert not differing({"loss": loss.detach(), **grads}, expected)
+
+
+def freeze(model: Any) -> None:
+    layer = model.get_base_model().model.layers[1]
+    layer.self_attn.q_proj.lora_A["default"].weight.requires_grad_(False)
+
+
+def scale(model: Any) -> None:
+    model.get_base_model().model.layers[1].mlp.down_proj.scaling["default"] = 0.3
+
+
+def move(model: Any) -> None:
+    """New storages, as an optimiser makes that lays all adapters in a row."""
+    for parameter in model.parameters():
+        parameter.data = parameter.data * 1.5
+
+
+def write(model: Any) -> None:
+    """As an optimiser's step."""
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.requires_grad:
+                parameter.mul_(0.5)
+
+
+def switch(model: Any) -> None:
+    torch.manual_seed(5)
+    other = LoraConfig(r=2, target_modules=["q_proj", "up_proj"], init_lora_weights=False)
+    dtype = next(model.parameters()).dtype
+    model.add_adapter("other", other)
+    model.to(dtype)
+    model.set_adapter("other")
+
+
+def train_a_norm(model: Any) -> None:
+    model.get_base_model().model.layers[1].input_layernorm.weight.requires_grad_(True)
+
+
+@pytest.mark.parametrize("change", [freeze, scale, move, write, switch, train_a_norm])
+def test_what_changes_between_passes_counts(recorded, change):
+    model, inputs, before, graphs = recorded
+    change(model)
+    found = passes(model, inputs)
+    assert graphs.shapes
+    restore(model)
+    fuse(model)
+    expected = gradients(model, inputs)
+    assert not any(differing(each, expected) for each in found)
+    assert expected.keys() != before.keys() or differing(expected, before)
+
+
+def test_disabled_adapters(recorded):
+    model, inputs, expected, _ = recorded
+    with model.disable_adapter(), torch.no_grad():
+        plain = model(**inputs).loss
+    assert not torch.equal(plain, expected["loss"])
+    assert not differing(gradients(model, inputs), expected)
+
+
+def test_dropout_is_not_recorded():
+    model, inputs = fused(lora_dropout=0.5), batch()
+    graphs = record(model)
+    losses = {float(model(**inputs).loss.detach()) for _ in range(PASSES)}
+    assert len(losses) == PASSES
+    assert not any(graph.layers for graph in graphs._recorded.values())
+
+
+def test_documents_and_masks_are_not_recorded():
+    model = fused()
+    packed = batch(rows=1)
+    packed["position_ids"] = torch.tensor([[*range(5), *range(6)]], device=packed["labels"].device)
+    for inputs in (packed, batch("left")):
+        expected = gradients(model, inputs)
+        graphs = record(model)
+        assert not any(differing(found, expected) for found in passes(model, inputs))
+        assert not any(graph.layers for graph in graphs._recorded.values())
+
+
+def test_a_layer_that_is_watched_runs_as_ever(recorded):
+    model, inputs, expected, _ = recorded
+    seen: list[Any] = []
+    layer = model.get_base_model().model.layers[1]
+    handle = layer.register_forward_hook(lambda module, args, output: seen.append(output))
+    assert not differing(gradients(model, inputs), expected)
+    kept = seen[0].clone()
+    gradients(model, batch(length=11))
+    handle.remove()
+    assert torch.equal(seen[0], kept)
+    assert not differing(gradients(model, inputs), expected)
+
+
+def test_the_last_output_is_the_callers(recorded):
+    model, inputs, _, _ = recorded
+    trunk = model.get_base_model().model
+    ids = inputs["input_ids"]
+    kept = [trunk(input_ids=ids).last_hidden_state for _ in range(PASSES)]
+    assert all(torch.equal(kept[0], each) for each in kept)
+    trunk(input_ids=ids.flip(1))
+    assert torch.equal(kept[0], kept[-1])
+
+
+def test_the_inputs_gradient_is_the_callers():
+    model = fused()
+    graphs = record(model)
+    embeds = model.get_base_model().get_input_embeddings()(batch()["input_ids"]).detach()
+    leaves = [(embeds * factor).requires_grad_() for factor in (1, 1, 1, 1, 2)]
+    for leaf in leaves:
+        model(inputs_embeds=leaf, labels=batch()["labels"]).loss.backward()
+    assert graphs.shapes
+    assert all(torch.equal(leaf.grad, leaves[0].grad) for leaf in leaves[:4])
+    assert not torch.equal(leaves[4].grad, leaves[0].grad)
+
+
+def test_wrong_backward_passes_are_refused(recorded):
+    model, inputs, expected, _ = recorded
+    loss = model(**inputs).loss
+    loss.backward(retain_graph=True)
+    with pytest.raises(UserError, match="a second backward pass through a fused layer"):
+        loss.backward()
+    loss = model(**inputs).loss
+    write(model)
+    with pytest.raises(UserError, match="an adapter was changed between"):
+        loss.backward()
+
+
+class Failing(Rerun):
+    """Fails at one of its recordings, as a GPU that runs out of memory."""
+
+    def __init__(self, at: int) -> None:
+        self.left = at
+
+    def record(self, work: Any) -> Any:
+        self.left -= 1
+        if self.left < 0:
+            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB")
+        return super().record(work)
+
+
+@pytest.mark.parametrize("at", range(7))
+def test_a_recording_that_fails_costs_nothing(at):
+    """A model of three layers has six recordings; with the seventh nothing fails."""
+    model = fused()
+    expected = gradients(model, batch())
+    said: list[str] = []
+    graphs = record(model, said, Failing(at))
+    assert not any(differing(found, expected) for found in passes(model, batch()))
+    assert graphs.is_on == (at == 6)
+    assert len(said) == (at < 6)
+    assert at == 6 or "CUDA out of memory" in said[0]
+
+
+def test_a_shape_that_keeps_changing_is_given_up(recorded):
+    model, inputs, _, graphs = recorded
+    for _ in range(12):
+        move(model)
+        gradients(model, inputs)
+    assert not graphs.shapes
+
+
+def test_so_many_shapes_and_no_more():
+    model = fused()
+    graphs = record(model)
+    for length in range(3, MOST_RECORDED + 6):
+        passes(model, batch(length=length), 3)
+    assert len(graphs.shapes) == MOST_RECORDED
+
+
+def test_switched_off(recorded):
+    model, inputs, expected, graphs = recorded
+    graphs.is_on = False
+    assert not differing(gradients(model, inputs), expected)
+
+
+def test_a_copy_of_a_model_has_no_recordings(recorded):
+    model, inputs, expected, _ = recorded
+    other = copy.deepcopy(model)
+    state = state_of(other)
+    assert state is not None and not state.graphs.shapes
+    write(model)
+    assert not differing(gradients(other, inputs), expected)
+
+
+@pytest.mark.parametrize("end", [restore, free_recordings, FastLanguageModel.for_inference])
+def test_nothing_is_left_afterwards(recorded, end):
+    model, inputs, expected, graphs = recorded
+    end(model)
+    assert not graphs.shapes
+    model.train()
+    fuse(model)
+    assert not any(differing(found, expected) for found in passes(model, inputs))
+
+
+def test_a_training_ends_without_recordings(tiny_model_folder, tmp_path):
+    from datasets import Dataset
+
+    from colab_qlora import SFTConfig, SFTTrainer
+
+    model, tokenizer = FastLanguageModel.from_pretrained(str(tiny_model_folder), 64)
+    model = FastLanguageModel.get_peft_model(model, r=4)
+    graphs = record(model)
+    rows = Dataset.from_list([{"text": "one two three four five six seven"}] * 12)
+    seen: list[int] = []
+    config = SFTConfig(str(tmp_path), per_device_train_batch_size=2, save_strategy="no")
+    trainer = SFTTrainer(model, config, train_dataset=rows, tokenizer=tokenizer, live_plot=False)
+    step = trainer.training_step
+    trainer.training_step = lambda *args: (step(*args), seen.append(len(graphs.shapes)))[0]
+    trainer.train()
+    assert seen[-1] == 1 and not graphs.shapes
