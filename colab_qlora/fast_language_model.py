@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
+from colab_qlora.decoding import free_decoding
 from colab_qlora.errors import UserError
 from colab_qlora.export.methods import bind_export_methods
 from colab_qlora.models.adapters import (
@@ -18,7 +19,7 @@ from colab_qlora.models.loading import load_model_and_tokenizer
 from colab_qlora.models.peer_options import adapter_options, loading_options
 from colab_qlora.models.saved_adapter import is_adapter_folder, load_adapter_folder
 from colab_qlora.models.settings import settings_of
-from colab_qlora.models.smart import bring_embedding_back
+from colab_qlora.models.smart import bring_embedding_back, free_recordings
 from colab_qlora.models.whole_training import (
     is_trained_whole,
     refuse_quantised_checkpoint,
@@ -188,12 +189,14 @@ class FastLanguageModel:
         """Switch to generating: evaluation mode, key-value cache, no checkpointing."""
         disable_checkpointing(model)
         bring_embedding_back(model)
+        free_recordings(model)
         model.config.use_cache = True
         return model.eval()
 
     @staticmethod
     def for_training(model: Any, use_gradient_checkpointing: bool | str | None = None) -> Any:
         """Switch back to training, with the checkpointing that was chosen before, or another."""
+        free_decoding(model)
         settings = settings_of(model)
         if use_gradient_checkpointing is not None and settings is not None:
             settings.use_gradient_checkpointing = use_gradient_checkpointing

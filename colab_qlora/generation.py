@@ -3,6 +3,10 @@
 Greedy decoding unless a temperature is given, so that the same model gives the same answers. Many
 prompts are padded on the left, where padding changes no answer but for rounding. A model is put
 into evaluation mode for the call and back into the mode that it was in.
+
+On a GPU tokens are decoded by a CUDA graph where the model and what is asked allow it
+(`colab_qlora/decoding/`), else by transformers' `generate`; the answers are the same but for
+rounding.
 """
 
 from __future__ import annotations
@@ -71,14 +75,10 @@ def ask_many(
     """
     if not questions:
         return []
-    import torch
-
     inputs = prompt_tokens(model, tokenizer, questions, prompt_template)
-    with answering(model), torch.inference_mode():
-        output = model.generate(
-            **inputs, **generate_options(model, tokenizer, max_new_tokens, sampling)
-        )
-    new_tokens = output[:, inputs["input_ids"].shape[1] :]
+    with answering(model):
+        options = generate_options(model, tokenizer, max_new_tokens, sampling)
+        new_tokens = _write(model, inputs, options)
     return [text.strip() for text in tokenizer.batch_decode(new_tokens, skip_special_tokens=True)]
 
 
@@ -108,16 +108,12 @@ def stream(
     options = generate_options(model, tokenizer, max_new_tokens, sampling)
     pieces = TextIteratorStreamer(tokenizer, skip_prompt=True, skip_special_tokens=True)
     closed = threading.Event()
-    _halt_when(options, (closed,) if stop is None else (closed, stop))
+    stops = (closed,) if stop is None else (closed, stop)
     failures: list[BaseException] = []
 
     def write() -> None:
-        import torch
-
         try:
-            # of this thread alone: the reader may compute gradients between two pieces
-            with torch.inference_mode():
-                model.generate(**inputs, **options, streamer=pieces)
+            _write(model, inputs, options, pieces, stops)
         except BaseException as error:  # handed to the thread that reads
             failures.append(error)
             pieces.end()
@@ -132,6 +128,29 @@ def stream(
             writer.join()
     if failures:
         raise failures[0]
+
+
+def _write(
+    model: Any,
+    inputs: Any,
+    options: dict[str, Any],
+    streamer: Any = None,
+    stops: Sequence[threading.Event] = (),
+) -> Any:
+    """The new tokens of the answers, (prompts, longest), by the fastest way that is open."""
+    import torch
+
+    from colab_qlora.decoding import decode
+
+    decoded = decode(model, inputs, options, streamer, stops)
+    if decoded is not None:
+        return decoded
+    if stops:
+        _halt_when(options, stops)
+    # of this thread alone: the reader of a stream may compute gradients between two pieces
+    with torch.inference_mode():
+        output = model.generate(**inputs, **options, streamer=streamer)
+    return output[:, inputs["input_ids"].shape[1] :]
 
 
 def _halt_when(options: dict[str, Any], events: Sequence[threading.Event]) -> None:
@@ -214,10 +233,10 @@ def end_tokens(model: Any, tokenizer: Any) -> list[int]:
 
 @contextmanager
 def answering(model: Any) -> Iterator[None]:
-    """Evaluation mode with a key-value cache, for the block.
+    """Evaluation mode with a key-value cache, for the block; what decoding keeps outlasts it.
 
-    Blocks of several answers may overlap in any order: the last one to end brings back what the
-    first one found.
+    A model in training mode keeps nothing. Blocks of several answers may overlap in any order: the
+    last one to end brings back what the first one found.
     """
     count, found = _ANSWERING.get(model, (0, (model.training, model.config.use_cache)))
     _ANSWERING[model] = (count + 1, found)
@@ -232,6 +251,11 @@ def answering(model: Any) -> Iterator[None]:
         else:
             model.config.use_cache = had_cache
             model.train(was_training)
+            if was_training:
+                from colab_qlora.decoding import free_decoding
+
+                # the next step needs the memory
+                free_decoding(model)
 
 
 def _prompt_text(tokenizer: Any, question: Prompt, prompt_template: str | None) -> tuple[str, bool]:

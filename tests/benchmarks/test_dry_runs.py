@@ -25,6 +25,7 @@ COMMANDS = {
     "train_step_tiny_dry": ["benchmarks.train_step", "--dry"],
     "planner_dry": ["benchmarks.planner", "--dry"],
     "packing_dry": ["benchmarks.packing", "--dry", "--implementations", "ours_nockpt"],
+    "decoding_dry": ["benchmarks.decoding", "--dry"],
     "parity": [
         *("benchmarks.layer_parity", "--families", "llama,qwen3"),
         *("--dtypes", "float64,float32,bfloat16", "--batches", "2", "--name", "parity"),
@@ -169,6 +170,27 @@ def test_packed_rows_hold_no_padding(results: dict[str, Any]) -> None:
         has_padding = layout.startswith("padded")
         assert (row["padding_share"] > 0) is has_padding, layout
     assert rows["packed, 1 row"]["tokens_per_step"] > 8 * packing.MEDIAN_TOKENS
+
+
+def test_both_decoders_are_timed_and_write_the_same(results: dict[str, Any]) -> None:
+    rows = results["decoding_dry"]["rows"]
+    found = [(row["implementation"], row["batch"]) for row in rows]
+    assert found == [("generate", 1), ("graph", 1), ("generate", 4), ("graph", 4)]
+    for row in rows:
+        assert row["ms_per_token"] > 0
+        assert row["tokens_per_s"] == pytest.approx(1e3 * row["batch"] / row["ms_per_token"])
+        assert row["agreeing_share"] == 1
+
+
+def test_tokens_agree_up_to_the_first_that_differs() -> None:
+    import torch
+
+    from benchmarks import decoding
+
+    written = torch.tensor([[1, 2, 3, 4], [5, 6, 7, 8]])
+    other = torch.tensor([[1, 9, 3, 4], [5, 6, 7, 8]])
+    assert decoding.agreement(written, written) == 1
+    assert decoding.agreement(written, other) == 5 / 8
 
 
 def test_lengths_are_those_of_the_stated_distribution() -> None:
