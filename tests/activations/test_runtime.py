@@ -74,15 +74,16 @@ def test_buckets_are_at_most_an_eighth_above(length: int) -> None:
     ],
 )
 def test_budgets_change_plans_and_no_gradient(family: str, dtype: torch.dtype) -> None:
-    model, inputs = smart_model(family, dtype), batch(length=64)
+    # on a GPU the floor moves with what else is allocated, so there a step has to be larger than that
+    rows = 2 if DEVICE == "cpu" else 128
+    model, inputs = smart_model(family, dtype), batch(length=64, rows=rows)
     want = gradients(model, inputs)
     step = runtime_of(model).current.step
     assert all(stored == stored_names(step.batch.shape, KEEP_ALL) for stored in step.stored)
     whole, floor = step.peak_bytes / GIB, floor_gib(model, inputs)
     assert floor < whole
     plans = set()
-    # on a GPU the floor moves with what else is allocated at the moment
-    slack = 1e-9 if DEVICE == "cpu" else 0.02 * floor
+    slack = 1e-9 if DEVICE == "cpu" else 0.02 * (whole - floor)
     for share in (0.0, 0.2, 0.4, 0.6, 0.8, 1.0):
         budget = floor + share * max(0.0, whole - floor) + slack
         set_gradient_checkpointing(model, "smart", memory_budget_gib=budget)

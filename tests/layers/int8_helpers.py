@@ -154,5 +154,6 @@ def check_mixed(model: Any, inputs: dict[str, Any]) -> float:
     loss, gradients = loss_and_gradients(model, inputs)
     assert float(loss) == pytest.approx(float(truth), rel=1e-6)
     # float32's own error is some 1e-7; a sum in another order may cost as much again
-    assert largest_error(gradients, expected) <= 2 * largest_error(stock, expected) + 2**-22
+    errors = (largest_error(gradients, expected), largest_error(stock, expected))
+    assert errors[0] <= 2 * errors[1] + 2**-22, errors
     return float(loss)

@@ -114,7 +114,9 @@ def test_generation_is_that_of_the_dense_twin(is_tied: bool, is_fused: bool) -> 
     )
     assert torch.equal(found.sequences, expected.sequences) and found.sequences.shape == (2, 17)
     for ours, theirs in zip(found.logits, expected.logits, strict=True):
-        assert torch.equal(ours, theirs)
+        # a GPU picks its GEMM by where a weight lies
+        most = 0.0 if ours.device.type == "cpu" else 2**-20 * float(theirs.abs().max())
+        assert float((ours - theirs).abs().max()) <= most
 
 
 def test_evaluation_and_the_models_dtype() -> None:
