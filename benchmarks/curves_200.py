@@ -1,6 +1,6 @@
 """200 steps of the embedded model: do ours and stock part by more than stock parts from itself?
 
-    python -m benchmarks.curves_200 [--steps 200] [--dtype bfloat16] [--permuted 1]
+    python -m benchmarks.curves_200 [--steps 200] [--dtype bfloat16] [--permuted 1] [--processes 4]
 
 The trainer runs several times over the same batches in the same order, from the same adapters:
 
@@ -17,8 +17,10 @@ leaves every row's forward pass as it was, bit by bit; only the gradients' sums 
 from __future__ import annotations
 
 import argparse
+import multiprocessing
 import statistics
 import tempfile
+from concurrent.futures import ProcessPoolExecutor
 from typing import Any
 
 import torch
@@ -55,7 +57,7 @@ def main() -> None:
     permuted = [f"permuted {i + 1}" for i in range(options.permuted)]
     exact = "float32" if options.dtype != "float32" else "stock"
     names = dict.fromkeys(["stock", *permuted, exact, "ours"])
-    runs = {name: _run(name, options) for name in names}
+    runs = dict(zip(names, _run_all(list(names), options), strict=True))
     pairs = [(name, "stock") for name in (*permuted, "ours")]
     if exact != "stock":
         pairs += [(name, exact) for name in ("stock", *permuted, "ours")]
@@ -78,11 +80,22 @@ def _options() -> argparse.Namespace:
     parser.add_argument("--permuted", type=int, default=1, help="how many permuted runs, 1 or more")
     parser.add_argument("--checkpointing", action="store_true")
     parser.add_argument("--eval-rows", type=int, default=40)
+    parser.add_argument("--processes", type=int, default=1, help="runs at a time")
     parser.add_argument("--name", default="curves_200", help="name of the result file")
     options = parser.parse_args()
     if options.permuted < 1 or options.steps < 1:
         parser.error("--permuted and --steps are 1 or more")
     return options
+
+
+def _run_all(names: list[str], options: argparse.Namespace) -> list[dict[str, Any]]:
+    """One after the other, or several side by side: losses do not depend on it, seconds do."""
+    if options.processes == 1:
+        return [_run(name, options) for name in names]
+    # a process that uses a GPU cannot be forked
+    context = multiprocessing.get_context("spawn")
+    with ProcessPoolExecutor(options.processes, mp_context=context) as pool:
+        return list(pool.map(_run, names, [options] * len(names)))
 
 
 def _run(name: str, options: argparse.Namespace) -> dict[str, Any]:

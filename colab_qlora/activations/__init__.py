@@ -10,7 +10,8 @@ phase_costs.py        bytes that come and go in each phase of a step, and its pe
 gpu_profile.py        rates of a GPU: recorded_profiles.py, or measure_profile.py on the GPU itself
 step_time.py          seconds of a step and its parts, from costs and rates
 plan.py, planner.py   which tensors to keep, to offload and to recompute; offload_sets.py
-step_plan.py          the plan of a step: the planner on real costs, checked by the true peak
+step_plan.py          the plan of a step; step_search.py: by real costs and the true peak
+recording.py          whether its layers may run as CUDA graphs, and what that costs
 step_settings.py      how a step may run: chunks, decoded weights, where the embedding is
 memory_plan.py        the face: does it fit, how long, what would help; report.py: in words
 this_machine.py       the memory that is free now

@@ -22,7 +22,8 @@ from colab_qlora.activations.model_shape import ModelShape, Rank
 from colab_qlora.activations.plan import BudgetTooSmall
 from colab_qlora.activations.recording import may_record
 from colab_qlora.activations.static_costs import CUDA_CONTEXT_BYTES
-from colab_qlora.activations.step_plan import StepPlan, can_plan, plan_step
+from colab_qlora.activations.step_plan import StepPlan
+from colab_qlora.activations.step_search import can_plan, plan_step
 from colab_qlora.activations.step_time import Batch
 from colab_qlora.errors import UserError
 
@@ -205,7 +206,7 @@ class MemoryPlan:
         """Predicted seconds of a micro-batch, forward, backward and optimiser; nan if unfit."""
         if self.step is None:
             return math.nan
-        return self.step.recorded_s if self.may_record else self.step.step_s
+        return self.step.seconds_with(self.machine.budget_bytes)
 
     @property
     def tokens_per_second(self) -> float:

@@ -14,16 +14,22 @@ from colab_qlora.activations.model_shape import ModelShape, Rank
 
 if TYPE_CHECKING:
     from colab_qlora.activations.step_plan import StepPlan
+    from colab_qlora.activations.step_time import Batch
 
 # what the host needs for a recorded layer, against starting its kernels: Llama-3.2-1B's shapes,
 # 2 x 128 tokens, which wait for the host, took 13.3 ms a step against 87 on an H200's host
-RECORDED_LAUNCHES = 0.09
+RECORDED_LAUNCHES = 0.08
 
 
 def recording_bytes(shape: ModelShape, rank: Rank, tokens: int, settings: CostSettings) -> int:
     """GPU memory that a recorded pass needs beside what it needs anyway."""
     row = shape.hidden + settings.spare(shape, rank, "down")
     return 2 * tokens * row * settings.itemsize + settings.gemm_workspace_bytes
+
+
+def waits_for_host(batch: Batch) -> bool:
+    """True if the host needs longer to start a layer's kernels than the GPU to run them."""
+    return batch.profile.layer_launch_s > batch.forward_s + batch.backward_s
 
 
 def may_record(step: StepPlan, left_bytes: int) -> bool:

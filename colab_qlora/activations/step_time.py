@@ -25,6 +25,9 @@ from colab_qlora.activations.static_costs import nf4_bytes, static_bytes
 # a layer's launches when everything is recomputed, against none of it: at Llama-3.2-1B's shapes and
 # 2 x 512 tokens, where an H100 waits for its host, a step took 72 ms against 53
 RECOMPUTE_LAUNCHES = 0.35
+# the same where every class of a layer is copied away and back: an 8B with 2 x 512 tokens in 7 GiB,
+# which waits for the host of an H200, took 170 ms against 125 predicted without it
+OFFLOAD_LAUNCHES = 0.4
 # an assumption: rows of a table that the host gathers into page-locked memory
 HOST_GATHER_BYTES_PER_S = 4e9
 # backward of attention: five products of the forward's size in place of two
@@ -133,11 +136,13 @@ class Batch:
         self,
         recomputed: Sequence[Mapping[str, int] | frozenset[str]],
         *,
+        offloaded: Sequence[frozenset[str]] = (),
         is_recorded: bool = False,
     ) -> float:
         """Seconds of a step whose layers recompute these classes, without exposed copies.
 
         Args:
+            offloaded: the classes that each layer offloads, where any does.
             is_recorded: the layers run as CUDA graphs.
         """
         gpu_s = self.shape.layers * (self.forward_s + self.backward_s)
@@ -148,6 +153,8 @@ class Batch:
             share = len(names) / len(self.recompute_s)
             launches = RECORDED_LAUNCHES if is_recorded else 1 + RECOMPUTE_LAUNCHES * share
             host_s += self.profile.layer_launch_s * launches
+        moving = sum(len(names) / len(self.recompute_s) for names in offloaded)
+        host_s += self.profile.layer_launch_s * OFFLOAD_LAUNCHES * moving
         return max(gpu_s, host_s)
 
     @property

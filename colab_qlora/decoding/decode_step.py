@@ -8,7 +8,6 @@ whoever draws tokens another way writes them into `token` before the next one.
 
 from __future__ import annotations
 
-import contextlib
 import gc
 from typing import Any
 
@@ -16,6 +15,7 @@ import torch
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
 from colab_qlora.decoding.fixed_cache import FixedCache
+from colab_qlora.layers.graph_recorder import after_failed_capture
 from colab_qlora.models.key_value_cache import cache_field
 
 # bitsandbytes and Triton choose and load their kernels in the first pass, cuBLAS its workspace
@@ -140,19 +140,9 @@ class DecodeStep:
                 self._pass(causal)
         except BaseException:
             torch.cuda.set_stream(current)
-            _clean_up(self.device, pool)
+            after_failed_capture(self.device, pool)
             raise
         finally:
             if collects:
                 gc.enable()
         self._graph = graph
-
-
-def _clean_up(device: torch.device, pool: Any) -> None:
-    """What torch leaves undone where a capture fails, its stream as the current one aside."""
-    # the allocator waits for the capture's end, and would free nothing until then
-    with contextlib.suppress(RuntimeError):  # it has ended in newer releases
-        torch._C._cuda_endAllocateToPool(device.index, pool)
-    # the random numbers wait for it too: the same seed and offset, in no capture
-    generator = torch.cuda.default_generators[device.index]
-    generator.graphsafe_set_state(generator.clone_state())

@@ -43,6 +43,9 @@ class GraphRecorder:
         self._device = device
         self._pool = torch.cuda.graph_pool_handle()
         self._stream = torch.cuda.Stream(device)
+        # a pool ends with its last graph, and nothing could be recorded in it any more
+        nothing = torch.zeros(1, device=device)
+        self._anchor = self.record(lambda: (nothing.add_(0),))
 
     def record(self, work: Work) -> Recording:
         """Record what `work` queues; nothing of it runs yet.
@@ -54,15 +57,16 @@ class GraphRecorder:
         self._stream.wait_stream(torch.cuda.current_stream(self._device))
         with torch.cuda.stream(self._stream):
             # relaxed: other threads, and the loading of a kernel, may do as they please meanwhile
-            graph.capture_begin(pool=self._pool, capture_error_mode="relaxed")
             try:
+                graph.capture_begin(pool=self._pool, capture_error_mode="relaxed")
                 results = tuple(work())
+                graph.capture_end()
             except BaseException:
                 # the stream has to leave its recording state, which says again what went wrong
                 with contextlib.suppress(RuntimeError):
                     graph.capture_end()
+                after_failed_capture(self._device, self._pool)
                 raise
-            graph.capture_end()
         return _Graph(graph, results)
 
     def idle_bytes(self) -> int:
@@ -72,6 +76,17 @@ class GraphRecorder:
             if tuple(segment["segment_pool_id"]) == tuple(self._pool):
                 found += segment["total_size"] - segment["allocated_size"]
         return found
+
+
+def after_failed_capture(device: torch.device, pool: Any) -> None:
+    """Mend what torch leaves undone where a capture fails, the current stream aside."""
+    index = torch.cuda.current_device() if device.index is None else device.index
+    # the allocator waits for the capture's end, and would free nothing until then
+    with contextlib.suppress(RuntimeError):  # it has ended in newer releases
+        torch._C._cuda_endAllocateToPool(index, pool)
+    # the random numbers wait for it too: the same seed and offset, in no capture
+    generator = torch.cuda.default_generators[index]
+    generator.graphsafe_set_state(generator.clone_state())
 
 
 class _Graph:

@@ -92,11 +92,9 @@ class PassGraphs:
 
     def clear(self) -> None:
         """Let all recordings go, with their memory."""
-        self._recorded.clear()
+        self._drop_all()
         self._seen.clear()
         self._rows = GradientRows()
-        if not self._can_run_anywhere:
-            self._recorder = None
         self.new_batch()
 
     def idle_bytes(self) -> int:
@@ -179,7 +177,7 @@ class PassGraphs:
         """A pass that runs as ever may want the memory that recordings hold."""
         needed = room.pass_bytes
         if needed is not None and room.left_bytes - self.idle_bytes() < needed:
-            self._recorded.clear()
+            self._drop_all()
             torch.cuda.empty_cache()
 
     @staticmethod
@@ -218,6 +216,12 @@ class PassGraphs:
             needed += sight.need_bytes
         sight.is_refused = now.left_bytes - self.idle_bytes() < needed
         return not sight.is_refused
+
+    def _drop_all(self) -> None:
+        self._recorded.clear()
+        # with its pool of memory
+        if not self._can_run_anywhere:
+            self._recorder = None
 
     def _recorder_for(self, hidden: torch.Tensor) -> Recorder:
         if self._recorder is None:
@@ -270,7 +274,7 @@ class PassGraphs:
         assert self._now is not None
         self._now.memory.has_failed = True
         self.is_on = False
-        self._recorded.clear()
+        self._drop_all()
         what = str(error).split("\n")[0].split(". ")[0]
         self.say(f"layers are not recorded as CUDA graphs: {what}")
         error.__traceback__ = None

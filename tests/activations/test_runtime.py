@@ -74,7 +74,7 @@ def test_buckets_are_at_most_an_eighth_above(length: int) -> None:
     ],
 )
 def test_budgets_change_plans_and_no_gradient(family: str, dtype: torch.dtype) -> None:
-    # on a GPU the floor moves with what else is allocated, so there a step has to be larger than that
+    # on a GPU the floor moves with what else is allocated: there a step has to be larger than that
     rows = 2 if DEVICE == "cpu" else 128
     model, inputs = smart_model(family, dtype), batch(length=64, rows=rows)
     want = gradients(model, inputs)

@@ -18,7 +18,7 @@ from colab_qlora.activations.model_shape import ModelShape
 from colab_qlora.activations.phase_costs import peak_bytes, step_moments
 from colab_qlora.activations.plan import BudgetTooSmall
 from colab_qlora.activations.saved_classes import CLASSES, class_bytes, names_of
-from colab_qlora.activations.step_plan import can_plan, plan_step
+from colab_qlora.activations.step_search import can_plan, plan_step
 from colab_qlora.activations.step_time import HOST_GATHER_BYTES_PER_S, Batch
 from colab_qlora.layers.saved import ALL_NAMES, KEEP_INPUT
 

