@@ -12,6 +12,7 @@ batches never at the same time.
 from __future__ import annotations
 
 import contextlib
+import functools
 from collections.abc import Callable, Sequence
 from typing import Any, Protocol
 
@@ -42,7 +43,7 @@ class GraphRecorder:
     def __init__(self, device: torch.device) -> None:
         self._device = device
         self._pool = torch.cuda.graph_pool_handle()
-        self._stream = torch.cuda.Stream(device)
+        self._stream = _stream_of(device)
         # a pool ends with its last graph, and nothing could be recorded in it any more
         nothing = torch.zeros(1, device=device)
         self._anchor = self.record(lambda: (nothing.add_(0),))
@@ -69,13 +70,20 @@ class GraphRecorder:
                 raise
         return _Graph(graph, results)
 
-    def idle_bytes(self) -> int:
-        """Memory of the pool that no tensor owns: recordings use it, and nothing else can."""
-        found = 0
+    def pool_bytes(self) -> tuple[int, int]:
+        """Memory of the pool that no tensor owns, which recordings alone can use; and the rest."""
+        whole = owned = 0
         for segment in torch.cuda.memory_snapshot():
             if tuple(segment["segment_pool_id"]) == tuple(self._pool):
-                found += segment["total_size"] - segment["allocated_size"]
-        return found
+                whole += segment["total_size"]
+                owned += segment["allocated_size"]
+        return whole - owned, owned
+
+
+@functools.cache
+def _stream_of(device: torch.device) -> torch.cuda.Stream:
+    """One stream to record on: torch keeps a workspace of cuBLAS for each for good."""
+    return torch.cuda.Stream(device)
 
 
 def after_failed_capture(device: torch.device, pool: Any) -> None:
@@ -109,8 +117,8 @@ class Rerun:
         """Run `work` once for the places of its results."""
         return _Again(work, tuple(work()))
 
-    def idle_bytes(self) -> int:
-        return 0
+    def pool_bytes(self) -> tuple[int, int]:
+        return 0, 0
 
 
 class _Again:

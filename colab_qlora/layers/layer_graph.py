@@ -15,6 +15,7 @@ from typing import Any
 
 import torch
 
+from colab_qlora.kernels.attention import AttentionShape
 from colab_qlora.kernels.copy_rows import copy_rows
 from colab_qlora.layers.decoder_layer import layer_backward, layer_forward
 from colab_qlora.layers.graph_recorder import Recorder, Recording
@@ -36,7 +37,8 @@ class ShapeMemory:
     def __init__(self, recorder: Recorder, rows: GradientRows) -> None:
         self.recorder, self.rows = recorder, rows
         self.scratch = _FixedScratch(self)
-        self.has_failed = False
+        # why a backward pass could not be recorded
+        self.failure: RuntimeError | None = None
         # of the layer that is being recorded: which of two buffers its gradient comes in
         self.side = 0
         self._wide: dict[tuple[int, int, int], Wide] = {}
@@ -163,6 +165,10 @@ class LayerGraph:
         self._gradient: Wide | None = None
         self._layout: _Layout | None = None
 
+    def attends_as(self, attention: AttentionShape) -> bool:
+        """True if the recorded attention is this one: the same numbers, no mask, no documents."""
+        return _numbers_of(self._run.attention) == _numbers_of(attention)
+
     @property
     def is_whole(self) -> bool:
         """Both passes are recorded."""
@@ -180,7 +186,7 @@ class LayerGraph:
         """Gradients of the input, good until the next layer's pass but one, and of `trainable`."""
         place = self._placed(dh)
         is_recorded = self._backward is not None
-        if not is_recorded and not self._memory.has_failed:
+        if not is_recorded and self._memory.failure is None:
             is_recorded = self._record_backward(place)
         if not is_recorded:
             return self._unrecorded(place)
@@ -215,10 +221,14 @@ class LayerGraph:
             return (dx,)
 
         self._memory.side = self._side
+        if self._is_last and place.main.is_cuda:
+            # the loss has left blocks behind, which are not given back while something is recorded
+            torch.cuda.empty_cache()
         try:
             self._backward = self._memory.recorder.record(work)
-        except RuntimeError:
-            self._memory.has_failed = True
+        except RuntimeError as error:
+            # without its frames, which hold tensors
+            self._memory.failure = error.with_traceback(None)
             return False
         self._layout = layout
         if not self._memory.recorder.runs_again:
@@ -275,6 +285,12 @@ class _Layout:
                 if self._has[index]:
                     found[index] = piece.view(self._shapes[index])
         return found
+
+
+def _numbers_of(attention: AttentionShape) -> tuple[Any, ...]:
+    a = attention
+    lengths = (a.batch, a.seq_length, a.q_heads, a.kv_heads, a.head_dim)
+    return (*lengths, a.scale, a.causal, a.window, a.cap, a.packed, a.mask is None)
 
 
 def addresses_of(parts: LayerParts) -> tuple[int, ...]:

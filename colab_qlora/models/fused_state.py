@@ -30,6 +30,8 @@ LAYER_NUMBER = "colab_qlora_layer_number"
 # a GEMM over fewer tokens leaves a large GPU waiting for the weight to be decoded once more
 LEAST_CHUNK_TOKENS = 2048
 
+# what is known of a layer: in training and evaluation, with adapters and without
+MOST_READINGS = 4
 # kinds of layers in a model: a few; more shapes than that are of other batches
 MOST_SHAPES = 8
 
@@ -149,9 +151,10 @@ class FusedState:
     def reading_of(self, layer: Any, choice: LayerChoice) -> tuple[str, LayerParts | None]:
         """Why the layer has to take the model's own code now, or its parts as they are now."""
         settings = (choice.max_weight_bytes, choice.holds_gate_up, choice.is_short)
-        known = self._readings.get(layer)
-        if known is not None and known[0] == settings and known[1].holds():
-            return known[2]
+        known = self._readings.get(layer, [])
+        for reading in known:
+            if reading[0] == settings and reading[1].holds():
+                return reading[2]
         # watched before it is read: what changes in between is noticed at the next pass
         watch, reason, parts = watch_layer(layer), why_stock_now(layer), None
         if not reason:
@@ -161,7 +164,10 @@ class FusedState:
             parts = read_layer(layer, self.scratch, budget, holds_gate_up=choice.holds_gate_up)
         # of a part that is called as it is, which parameters learn is the part's own affair
         if parts is None or not any(group.has_modules for group in parts.groups()):
-            self._readings[layer] = (settings, watch, (reason, parts))
+            # evaluation, and passes without adapters, alternate with training over the same weights
+            older = [reading for reading in known if _same_weights(reading[2][1], parts)]
+            new = (settings, watch, (reason, parts))
+            self._readings[layer] = [new, *older[: MOST_READINGS - 1]]
         return reason, parts
 
     def mlp_chunks(self, parts: LayerParts, choice: LayerChoice, tokens: int) -> MlpChunks:
@@ -262,6 +268,18 @@ def fused_state(module: Any) -> FusedState | None:
     """The state of a swapped module, or None."""
     found = module.__dict__.get(ATTRIBUTE)
     return found if isinstance(found, FusedState) else None
+
+
+def _same_weights(known: LayerParts | None, now: LayerParts | None) -> bool:
+    """True if both read the same base weights, so that keeping one keeps no memory of its own."""
+    if known is None or now is None:
+        return False
+    pairs = zip(known.groups(), now.groups(), strict=True)
+    return all(
+        old.weight is new.weight
+        for before, after in pairs
+        for old, new in zip(before.parts, after.parts, strict=True)
+    )
 
 
 def _print_line(line: str) -> None:

@@ -22,7 +22,13 @@ from typing import Any
 import torch
 
 from colab_qlora.layers.graph_recorder import GraphRecorder, Recorder
-from colab_qlora.layers.layer_graph import GradientRows, LayerGraph, ShapeMemory, addresses_of
+from colab_qlora.layers.layer_graph import (
+    FixedTables,
+    GradientRows,
+    LayerGraph,
+    ShapeMemory,
+    addresses_of,
+)
 from colab_qlora.models.pass_parts import (
     Flight,
     Key,
@@ -87,6 +93,7 @@ class PassGraphs:
         self._now: Recorded | None = None
         self._sight: Sight | None = None
         self._token: Flight | None = None
+        self._last_number = -1
         self._last_output: torch.Tensor | None = None
         self._is_decided = False
 
@@ -99,7 +106,11 @@ class PassGraphs:
 
     def idle_bytes(self) -> int:
         """GPU memory that only recordings can use."""
-        return self._recorder.idle_bytes() if self._recorded and self._recorder else 0
+        return self._pool_bytes()[0]
+
+    def _pool_bytes(self) -> tuple[int, int]:
+        """Of the recordings' memory what no tensor owns, and what one does."""
+        return self._recorder.pool_bytes() if self._recorded and self._recorder else (0, 0)
 
     def takes(self, hidden: torch.Tensor) -> bool:
         """True if layers with this input may ask for recordings."""
@@ -108,18 +119,24 @@ class PassGraphs:
     def graph_of(self, layer: LayerPass, room: Callable[[], Room]) -> LayerGraph | None:
         """The layer's recording, made now if it is time; None: the layer runs as ever."""
         if layer.number == 0 or not self._is_decided:
-            self._decide(layer, room)
-        if self._now is None:
+            # the model need not be on the current device
+            with torch.cuda.device_of(layer.hidden):
+                self._decide(layer, room)
+        # one after the other: a layer that somebody calls by itself is no part of the pass
+        if self._now is None or layer.number <= self._last_number:
             return None
+        self._last_number = layer.number
         tables = self._now.memory.tables(layer.kind, layer.run.cos, layer.run.sin)
         tables.fill(layer.run.cos, layer.run.sin)
         graph = self._now.layers.get(layer.number)
         if graph is None:
             graph = self._record(layer, tables) if not self._now.is_finished else None
-        elif not self._still_fits(graph, layer):
+        elif not self._still_fits(graph, layer, tables):
             self._now.is_stale, graph = True, None
         if graph is not None:
             self._last_output = graph.output
+        if layer.is_last:
+            self._now = None
         return graph
 
     def flight(self, *, is_last: bool) -> Flight | None:
@@ -145,15 +162,17 @@ class PassGraphs:
         """At a pass's first layer: run as ever, as ever with an eye on the clock, or recorded."""
         self.new_batch()
         self._is_decided = True
-        hidden = layer.hidden
         if self._flight is not None and self._flight() is not None:
             return
+        self._tidy()
+        if not self.is_on or why_not_recorded(layer.parts, layer.run.attention):
+            return
+        hidden = layer.hidden
         key = (hidden.shape, hidden.dtype, hidden.device, layer.plan)
         found = self._recorded.get(key)
-        if found is not None and self._is_usable(found):
+        if found is not None:
             self._take_off(found)
             return
-        self._recorded.pop(key, None)
         if len(self._seen) >= MOST_SEEN:
             self._seen.clear()
         sight = self._sight = self._seen.setdefault(key, Sight())
@@ -163,34 +182,39 @@ class PassGraphs:
             self._sight = None
             self._recorded[key] = Recorded(ShapeMemory(self._recorder_for(hidden), self._rows))
             self._take_off(self._recorded[key])
-            self._tell(hidden)
             return
         if self._recorded and hidden.is_cuda:
             self._make_way(room())
         if hidden.is_cuda and sight.events is None and sight.count >= 2:
+            # a host that has run ahead would be held up by the GPU, and look slow
+            torch.cuda.synchronize(hidden.device)
             event = torch.cuda.Event(enable_timing=True)
             event.record()
             allocated = torch.cuda.memory_allocated(hidden.device)
             self._start = (time.perf_counter(), event, allocated)
 
+    def _tidy(self) -> None:
+        """No pass is under way: let go what is stale, or was recorded by half."""
+        for key, found in list(self._recorded.items()):
+            if found.memory.failure is not None:
+                self._give_up(found.memory.failure)
+                return
+            # order counts, so half a recording is made again from the start
+            if found.is_stale or not found.is_whole:
+                del self._recorded[key]
+            elif not found.is_finished:
+                found.is_finished = True
+                found.memory.all_recorded()
+                self._tell(key[0])
+
     def _make_way(self, room: Room) -> None:
         """A pass that runs as ever may want the memory that recordings hold."""
-        needed = room.pass_bytes
-        if needed is not None and room.left_bytes - self.idle_bytes() < needed:
+        if room.pass_bytes is None:
+            return
+        idle, owned = self._pool_bytes()
+        if room.left_bytes - idle < room.pass_bytes + owned:
             self._drop_all()
             torch.cuda.empty_cache()
-
-    @staticmethod
-    def _is_usable(found: Recorded) -> bool:
-        if found.is_stale or found.memory.has_failed:
-            return False
-        if not found.is_finished:
-            # a pass whose loss was dropped has recorded half of it: order counts, so from the start
-            if not found.is_whole:
-                return False
-            found.is_finished = True
-            found.memory.all_recorded()
-        return True
 
     def _take_off(self, found: Recorded) -> None:
         found.memory.new_pass()
@@ -208,16 +232,20 @@ class PassGraphs:
         self.free_scratch()
         torch.cuda.empty_cache()
         now = room()
-        needed = sight.need_bytes + MARGIN_BYTES
+        idle, owned = self._pool_bytes()
         if now.pass_bytes is not None:
-            needed = now.pass_bytes + now.recording_bytes
+            # the recordings' idle memory is there for this one too
+            needed = now.pass_bytes + owned + now.recording_bytes
         else:
             # nothing makes way for passes of other shapes then: room for both
-            needed += sight.need_bytes
-        sight.is_refused = now.left_bytes - self.idle_bytes() < needed
+            needed = 2 * sight.need_bytes + MARGIN_BYTES + idle
+        sight.is_refused = now.left_bytes < needed
         return not sight.is_refused
 
     def _drop_all(self) -> None:
+        if self._recorded and torch.cuda.is_available():
+            # what is freed here was last used on another stream than the one it was made on
+            torch.cuda.synchronize()
         self._recorded.clear()
         # with its pool of memory
         if not self._can_run_anywhere:
@@ -228,40 +256,41 @@ class PassGraphs:
             self._recorder = GraphRecorder(hidden.device)
         return self._recorder
 
-    def _still_fits(self, graph: LayerGraph, layer: LayerPass) -> bool:
+    def _still_fits(self, graph: LayerGraph, layer: LayerPass, tables: FixedTables) -> bool:
         assert self._now is not None
         seen, choice = self._now.known[layer.number]
         return (
             seen is layer.parts
+            and graph.tables is tables
+            and graph.attends_as(layer.run.attention)
             and choice == layer.choice
             and graph.needs_dx == layer.hidden.requires_grad
             and graph.addresses == addresses_of(layer.parts)
         )
 
-    def _record(self, layer: LayerPass, tables: Any) -> LayerGraph | None:
+    def _record(self, layer: LayerPass, tables: FixedTables) -> LayerGraph | None:
         assert self._now is not None
         if why_not_recorded(layer.parts, layer.run.attention):
             return None
         memory, hidden = self._now.memory, layer.hidden
-        if memory.has_failed:
-            return None
         run = replace(layer.run, cos=tables.cos, sin=tables.sin, scratch=memory.scratch, calls={})
         last = self._last_output
         is_fixed = last is not None and hidden.data_ptr() == last.data_ptr()
         try:
-            graph = LayerGraph(
-                hidden,
-                layer.read_again(memory.scratch),
-                run,
-                layer.store(),
-                memory,
-                tables,
-                side=layer.number % 2,
-                is_fixed=is_fixed,
-                is_first=layer.number == 0,
-                is_last=layer.is_last,
-                needs_dx=hidden.requires_grad,
-            )
+            with torch.cuda.device_of(hidden):
+                graph = LayerGraph(
+                    hidden,
+                    layer.read_again(memory.scratch),
+                    run,
+                    layer.store(),
+                    memory,
+                    tables,
+                    side=layer.number % 2,
+                    is_fixed=is_fixed,
+                    is_first=layer.number == 0,
+                    is_last=layer.is_last,
+                    needs_dx=hidden.requires_grad,
+                )
         except RuntimeError as error:
             self._give_up(error)
             return None
@@ -271,20 +300,18 @@ class PassGraphs:
 
     def _give_up(self, error: RuntimeError) -> None:
         """From now on everything runs as ever."""
-        assert self._now is not None
-        self._now.memory.has_failed = True
-        self.is_on = False
+        self.is_on, self._now = False, None
         self._drop_all()
         what = str(error).split("\n")[0].split(". ")[0]
         self.say(f"layers are not recorded as CUDA graphs: {what}")
+        # its frames hold tensors of the pass
         error.__traceback__ = None
         gc.collect()
 
-    def _tell(self, hidden: torch.Tensor) -> None:
+    def _tell(self, shape: torch.Size) -> None:
         if not self._has_said and not self.always:
             self._has_said = True
-            rows, length = hidden.shape[0], hidden.shape[1]
             self.say(
-                f"batches of {rows} x {length} tokens wait for the host: the layers are recorded "
-                "as CUDA graphs, which it starts in one call each"
+                f"batches of {shape[0]} x {shape[1]} tokens wait for the host: the layers are "
+                "recorded as CUDA graphs now, which it starts in one call each"
             )

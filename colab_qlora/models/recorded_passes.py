@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import sys
+from collections.abc import Iterable
 from typing import Any
 
 import torch
@@ -76,6 +78,18 @@ def _weight_bytes(layer: Any, choice: LayerChoice) -> int | None:
 
 
 def _is_hooked(layer: Any) -> bool:
-    """Somebody sees the layer's output, which of a recorded layer is good for one pass only."""
+    """Somebody sees the layer's output or its gradient, which recorded are good for one pass."""
     own = layer.__dict__
-    return bool(own["_forward_hooks"] or own["_forward_pre_hooks"] or "forward" in own)
+    if own["_forward_pre_hooks"] or own["_backward_hooks"] or own["_backward_pre_hooks"]:
+        return True
+    hooks = own["_forward_hooks"]
+    return "forward" in own or bool(hooks and not _only_idle_collectors(hooks.values()))
+
+
+def _only_idle_collectors(hooks: Iterable[Any]) -> bool:
+    """True if all hooks are transformers' own, which stay once hidden states were asked for."""
+    module = sys.modules.get("transformers.utils.output_capturing")
+    collector = getattr(module, "_active_collector", None)
+    if collector is None or collector.get():
+        return False
+    return all(getattr(hook, "__name__", "") == "output_capturing_hook" for hook in hooks)

@@ -117,7 +117,11 @@ def free_recordings(model: Any, *, only_if_short: bool = False) -> None:
 
 
 def _has_room_beside(idle_bytes: int) -> bool:
-    return not idle_bytes or torch.cuda.mem_get_info()[0] > idle_bytes
+    if not idle_bytes:
+        return True
+    cached = torch.cuda.memory_reserved() - torch.cuda.memory_allocated()
+    # what torch's allocator has at hand counts as free, the recordings' own part of it aside
+    return torch.cuda.mem_get_info()[0] + cached - idle_bytes > idle_bytes
 
 
 def bring_embedding_back(model: Any) -> None:

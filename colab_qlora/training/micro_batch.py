@@ -45,13 +45,16 @@ def with_less_memory(model: Any, step: Callable[[], Result], say: Callable[[str]
             with before.kept_apart():
                 return step()
         except Exception as error:
-            if not is_out_of_memory(error) or planner.is_at_floor:
+            state = state_of(model)
+            has_recordings = state is not None and bool(state.graphs.shapes)
+            if not is_out_of_memory(error) or (planner.is_at_floor and not has_recordings):
                 raise
             what = str(error).split(". ")[0]
             # its frames hold the tensors of the pass that failed
             traceback.clear_frames(error.__traceback__)
-        say(f"out of memory ({what}); {planner.lower_budget()}")
-        state = state_of(model)
+        # recordings hold memory that a pass of another shape may want: first without them
+        remedy = "once more without recorded layers" if has_recordings else planner.lower_budget()
+        say(f"out of memory ({what}); {remedy}")
         if state is not None:
             state.free()
         gc.collect()

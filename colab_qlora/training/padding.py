@@ -76,6 +76,8 @@ def _by_rates(model: Any, rows: int, length: int) -> tuple[float, float]:
     if device.type != "cuda":
         return 0.0, 1.0
     workload = replace(workload_of(model), batch_size=rows, seq_length=length)
+    if workload.settings.has_dropout:  # drawn anew in every pass, so nothing is recorded
+        return 0.0, 1.0
     profile = profile_for(device, workload)
     batch = workload.batch_on(profile)
     return profile.layer_launch_s, batch.forward_s + batch.backward_s

@@ -8,6 +8,7 @@ disk, and resuming from the newest whole checkpoint.
 
 from __future__ import annotations
 
+import contextlib
 import math
 from pathlib import Path
 from typing import Any
@@ -244,7 +245,8 @@ class SFTTrainer(RescuingTrainer):
             raise
         finally:
             self.args.eval_on_start = eval_on_start
-            free_recordings(self.model)
+            with contextlib.suppress(RuntimeError):  # of a GPU that has failed
+                free_recordings(self.model)
             self._bring_embedding_back()
             self._loss_log.close()  # raises nothing: the readers have to be told in any case
             for reader in self._readers():
