@@ -19,8 +19,8 @@ from colab_qlora.errors import UserError
 ROWS = 16
 # short rows, or those whose labels are cut off, are made up for by others; no more than these
 MOST_ROWS = 512
-# every micro-batch reads and rounds all 16-bit weights once, so there are two; 2,048 tokens of an
-# 8B leave 2.6 GB of logits, which a T4 has room for beside the model
+# where memory is short every micro-batch reads and rounds all 16-bit weights, so there are two;
+# 2,048 tokens of an 8B leave 2.6 GB of logits, which a T4 has room for beside the model
 ROWS_A_BATCH = 8
 MOST_TOKENS_A_ROW = 256
 LEAST_TOKENS = 256

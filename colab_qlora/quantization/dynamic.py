@@ -7,13 +7,15 @@ A model is loaded as plain NF4. Then, with the user's own rows,
     a rung for each weight under the cap  ladder.py
     every weight made anew                placing.py, from the 16-bit source, scales searched for
 
-weights that shrink first, so that it never takes more memory than the cap, one matrix, and the
-activations of a few rows. Without rows there are no prices: the scales are searched for unweighted,
-and weights are ranked by the squared error of their numbers, which says little about the loss.
+weights that shrink first, so that it never takes more memory than the cap, two matrices, and the
+activations of a few rows; a GPU's memory that is free beside that saves time (memory_room.py).
+Without rows there are no prices: the scales are searched for unweighted, and weights are ranked by
+the squared error of their numbers, which says little about the loss.
 """
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -29,13 +31,14 @@ from colab_qlora.quantization.activation_statistics import (
 from colab_qlora.quantization.budget import SIXTEEN_BIT, Budget, rung_bytes
 from colab_qlora.quantization.first_order import product_dtype
 from colab_qlora.quantization.ladder import choose_rungs
+from colab_qlora.quantization.memory_room import Room, larger_chunks
 from colab_qlora.quantization.placing import place, rung_of, shape_of
 from colab_qlora.quantization.plain_rungs import rounded_rows, rungs_of
 from colab_qlora.quantization.precision_map import PrecisionMap
 from colab_qlora.quantization.prices import Prices, RungPrice, ladder_items, measure_prices
+from colab_qlora.quantization.weight_reader import Source, WeightReader
 
 ATTRIBUTE = "colab_qlora_quantization"
-Source = Callable[[str], torch.Tensor]
 
 
 @dataclass(frozen=True)
@@ -139,17 +142,21 @@ def quantize_dynamically(
     # a budget that is too small is refused before as well
     cap = budget.cap_bytes(*_plain_bytes(model, items), spare_bytes)
     columns: dict[str, torch.Tensor] = {}
-    if batches:
-        say(f"measuring what errors cost on {_tokens(batches):,} tokens of your data")
-        columns, prices = _measured(model, source, batches)
-    else:
-        prices = prices_without_data(model, items, source)
-    ladder = ladder_items(model, prices)
-    found = choose_rungs(ladder, cap)
-    state = DynamicQuantization(
-        found, prices, cap, columns, source, compute_dtype, words, bool(batches)
-    )
-    apply_rungs(model, items, found.rungs, state, say)
+    device, room = _device_of(model), Room.of(_device_of(model))
+    with WeightReader(source, device, room) as reader:
+        if batches:
+            say(f"measuring what errors cost on {_tokens(batches):,} tokens of your data")
+            # about the order of a backward pass
+            reader.expect(item.name for item in reversed(items))
+            columns, prices = _measured(model, reader, batches, room)
+        else:
+            reader.expect(item.name for item in items)
+            prices = prices_without_data(model, items, reader)
+        found = choose_rungs(ladder_items(model, prices), cap)
+        state = DynamicQuantization(
+            found, prices, cap, columns, source, compute_dtype, words, bool(batches)
+        )
+        apply_rungs(model, items, found.rungs, state, say, reader)
     setattr(model, ATTRIBUTE, state)
     return state
 
@@ -160,20 +167,35 @@ def apply_rungs(
     rungs: Mapping[str, str],
     state: DynamicQuantization,
     say: Callable[[str], None] | None = None,
+    reader: WeightReader | None = None,
 ) -> None:
-    """Make these weights anew on their rungs; those already in 16 bit and to stay so are left."""
+    """Make these weights anew on their rungs; those already in 16 bit and to stay so are left.
+
+    Args:
+        model, items, rungs, state: what is where, and what is to be.
+        say: takes one line for people.
+        reader: of the state's source, where one is open already.
+    """
+    todo = []
     for item in sorted(items, key=lambda item: _added_bytes(item, rungs)):
         rung = rungs.get(item.name)
-        if rung is None or (rung == SIXTEEN_BIT and rung_of(item) == SIXTEEN_BIT):
-            continue
-        place(
-            model,
-            item,
-            rung,
-            state.source(item.name),
-            column_weights=state.column_weights.get(item.name),
-            compute_dtype=state.compute_dtype,
-        )
+        if rung is not None and not rung == rung_of(item) == SIXTEEN_BIT:
+            todo.append((item, rung))
+    device = _device_of(model)
+    with contextlib.ExitStack() as stack:
+        if reader is None:
+            reader = stack.enter_context(WeightReader(state.source, device))
+        reader.expect(item.name for item, _ in todo)
+        for item, rung in todo:
+            with larger_chunks(device):
+                place(
+                    model,
+                    item,
+                    rung,
+                    reader.take(item.name),
+                    column_weights=state.column_weights.get(item.name),
+                    compute_dtype=state.compute_dtype,
+                )
     if say is not None:
         share = (state.map.bytes - state.plain_bytes) / max(1, state.plain_linear_bytes)
         counts = {r: sum(v == r for v in rungs.values()) for r in sorted(set(rungs.values()))}
@@ -182,15 +204,15 @@ def apply_rungs(
 
 
 def _measured(
-    model: Any, source: Source, batches: Sequence[Mapping[str, Any]]
+    model: Any, source: Source, batches: Sequence[Mapping[str, Any]], room: Room
 ) -> tuple[dict[str, torch.Tensor], Prices]:
     was_training, was_cached = model.training, model.config.use_cache
     model.eval()
     try:
         columns = collect_statistics(model, batches).mean_square
         with _checkpointed(model):
-            low = product_dtype(next(model.parameters()).device)
-            prices = measure_prices(model, batches, source=source, gemm_dtype=low)
+            low = product_dtype(_device_of(model))
+            prices = measure_prices(model, batches, source=source, gemm_dtype=low, room=room)
     finally:
         model.train(was_training)
         model.config.use_cache = was_cached
@@ -201,7 +223,7 @@ class _checkpointed:  # noqa: N801  # used as a function
     """Recompute activations on a GPU, whose memory is what the user has too little of."""
 
     def __init__(self, model: Any) -> None:
-        on_gpu = next(model.parameters()).device.type == "cuda"
+        on_gpu = _device_of(model).type == "cuda"
         self.model = model if on_gpu and model.supports_gradient_checkpointing else None
 
     def __enter__(self) -> None:
@@ -233,10 +255,16 @@ def prices_without_data(model: Any, items: Iterable[WeightItem], source: Source)
 def _squared_error(weight: torch.Tensor, rung: str) -> float:
     """Of all numbers together, decoded to float32."""
     found = torch.zeros((), dtype=torch.float64, device=weight.device)
-    for part, rounded in rounded_rows(weight, rung, torch.float32):
-        squares = (rounded - weight[part].float()).square_()
-        found += squares.sum(1).sum(dtype=torch.float64)
+    with larger_chunks(weight.device):
+        for part, rounded in rounded_rows(weight, rung, torch.float32):
+            squares = (rounded - weight[part].float()).square_()
+            found += squares.sum(1).sum(dtype=torch.float64)
     return float(found)
+
+
+def _device_of(model: Any) -> torch.device:
+    device: torch.device = next(model.parameters()).device
+    return device
 
 
 def _added_bytes(item: WeightItem, rungs: Mapping[str, str]) -> int:

@@ -23,8 +23,9 @@ from colab_qlora.quantization.budget import BLOCK_SIZES
 from colab_qlora.quantization.plain_rungs import Quantize
 from colab_qlora.quantization.row_chunks import row_slices
 
-# E x of a slice of output features: (rows, tokens, features)
-Shifted = Callable[[slice], torch.Tensor]
+# of a slice of output features: E, (features, in), or a table's E x, (rows, tokens, features), both
+# in float32 or float64
+Errors = Callable[[slice], torch.Tensor]
 
 
 def product_dtype(device: torch.device) -> torch.dtype | None:
@@ -40,59 +41,68 @@ def wide_dtype(dtype: torch.dtype) -> torch.dtype:
     return torch.float64 if dtype == torch.float64 else torch.float32
 
 
-def shifted_outputs(
+def weight_errors(
     weight: torch.Tensor,
     rungs: Iterable[str],
     quantize: Quantize,
     column_weights: torch.Tensor | None,
-    x: torch.Tensor,
     gradient: torch.Tensor,
-    low: torch.dtype | None,
-) -> Iterator[tuple[str, Shifted]]:
-    """E x of a linear by rung, to be used before the next rung is asked for.
+) -> Iterator[tuple[str, Errors]]:
+    """E of a linear by rung, to be used before the next rung is asked for.
 
     Args:
         weight: W_16, (out, in), on any device; it moves as a whole only if a rung has blocks.
         rungs: below 16 bit.
         quantize, column_weights: see `plain_rungs.Quantize`.
-        x: (rows, tokens, in).
         gradient: dY; E has its device.
-        low: dtype of the product; None: float32, or float64 if dY is.
     """
     wide, rungs = wide_dtype(gradient.dtype), tuple(rungs)
     if any(rung in BLOCK_SIZES for rung in rungs):
         weight = weight.to(gradient.device)
-    narrow = x.to(low or wide)
 
-    def shifted(rung: str, whole: torch.Tensor | None, part: slice) -> torch.Tensor:
+    def error(rung: str, whole: torch.Tensor | None, part: slice) -> torch.Tensor:
         own = weight[part].to(gradient.device)
         near = quantize(own, rung, column_weights) if whole is None else whole[part]
-        error = near.to(wide) - own.to(wide)
-        found = (narrow @ error.to(narrow.dtype).T).to(wide)
-        if narrow.dtype == torch.float16 and not torch.isfinite(found).all():
-            found = x.to(wide) @ error.T
-        return found
+        return (near.to(wide) - own).to(wide)
 
     for rung in rungs:
         # blocks, and the offset of their scales, are the whole matrix's
         whole = quantize(weight, rung, column_weights) if rung in BLOCK_SIZES else None
-        yield rung, functools.partial(shifted, rung, whole)
+        yield rung, functools.partial(error, rung, whole)
 
 
-def shifted_lookups(
+def shifted_outputs(
+    inputs: Iterable[torch.Tensor], error: torch.Tensor, low: torch.dtype | None
+) -> Iterator[torch.Tensor]:
+    """E x, (rows, tokens, features), for each x, in E's dtype.
+
+    Args:
+        inputs: x of each use, (rows, tokens, in).
+        error: E of some output features, (features, in), float32 or float64.
+        low: dtype of the product; None: E's.
+    """
+    narrow = error.to(low or error.dtype)
+    for x in inputs:
+        found = (x.to(narrow.dtype) @ narrow.T).to(error.dtype)
+        if narrow.dtype == torch.float16 and not torch.isfinite(found).all():
+            found = x.to(error.dtype) @ error.T
+        yield found
+
+
+def lookup_errors(
     weight: torch.Tensor,
     rungs: Iterable[str],
     quantize: Quantize,
     column_weights: torch.Tensor | None,
     ids: torch.Tensor,
     gradient: torch.Tensor,
-) -> Iterator[tuple[str, Shifted]]:
-    """The same of a table, whose rungs have no blocks.
+) -> Iterator[tuple[str, Errors]]:
+    """E x of a table by rung, (rows, tokens, features) of a slice; its rungs have no blocks.
 
     Args:
         weight: (vocabulary, out), on any device; only rows that are looked up move.
         ids: (rows, tokens).
-        rungs, quantize, column_weights, gradient: as for `shifted_outputs`.
+        rungs, quantize, column_weights, gradient: as for `weight_errors`.
     """
     wide = wide_dtype(gradient.dtype)
     found, places = ids.unique(return_inverse=True)
@@ -108,27 +118,31 @@ def _looked_up(error: torch.Tensor, places: torch.Tensor, part: slice) -> torch.
     return error[:, part][places]
 
 
-def first_order(
-    shifted: Shifted, gradient: torch.Tensor, keep: torch.Tensor | None, columns: int
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """(<dY, E x> of each row, |E x|^2 of each token: 0 where `keep` is False), in float64.
+class FirstOrder:
+    """<dY, E x> and |E x|^2 of each token, float64, added up over slices of output features.
 
     Args:
-        shifted: E x.
         gradient: dY, shape (rows, tokens, out).
-        keep: False on padding, shape (rows, tokens).
-        columns: of E, whose slices are kept small as well.
     """
-    changes = gradient.new_zeros(gradient.shape[0], dtype=torch.float64)
-    squares = gradient.new_zeros(gradient.shape[:2], dtype=torch.float64)
-    for part in row_slices(gradient.shape[-1], max(squares.numel(), columns)):
-        moved = shifted(part)
+
+    def __init__(self, gradient: torch.Tensor) -> None:
+        self._gradient = gradient
+        self._changes = gradient.new_zeros(gradient.shape[:2], dtype=torch.float64)
+        self._squares = torch.zeros_like(self._changes)
+
+    def add_(self, part: slice, moved: torch.Tensor) -> None:
+        """E x of a slice, (rows, tokens, features), float32 or float64; it is written into."""
+        met = moved * self._gradient[..., part]
+        self._changes += met.sum(-1, dtype=torch.float64)
+        self._squares += moved.square_().sum(-1, dtype=torch.float64)
+
+    def sums(self, keep: torch.Tensor | None) -> tuple[torch.Tensor, torch.Tensor]:
+        """(<dY, E x> of each row, |E x|^2 of each token); nothing counts where `keep` is False."""
+        changes, squares = self._changes, self._squares
         if keep is not None:
-            moved = moved.masked_fill(~keep.to(moved.device)[..., None], 0.0)
-        met = moved * gradient[..., part].to(moved.dtype)
-        changes += met.sum((1, 2), dtype=torch.float64)
-        squares += moved.square_().sum(-1, dtype=torch.float64)
-    return changes, squares
+            padding = ~keep.to(changes.device)
+            changes, squares = changes.masked_fill(padding, 0), squares.masked_fill(padding, 0)
+        return changes.sum(1), squares
 
 
 def steepness(gradient: torch.Tensor) -> torch.Tensor:

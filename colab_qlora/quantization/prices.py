@@ -11,6 +11,9 @@ as after Optimal Brain Surgeon; bits chosen by it: LQ-LoRA, arXiv 2311.12023; wh
 Fisher misses: arXiv 1905.12558). With the user's labels it also counts a mean gradient that is not
 0, which is the first-order change itself.
 
+Where a GPU's memory is free, x and dY wait until the last micro-batch, so that each weight is read
+and rounded once.
+
 How the changes become a price, and what guards it, is in `rung_prices.py`.
 """
 
@@ -20,7 +23,7 @@ import contextlib
 import functools
 import math
 from collections import defaultdict
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import ExitStack
 from types import TracebackType
 from typing import Any
@@ -30,15 +33,10 @@ import torch
 from colab_qlora.errors import UserError
 from colab_qlora.quantization.activation_statistics import BatchWindow, WeightItem, weight_items
 from colab_qlora.quantization.budget import SIXTEEN_BIT
-from colab_qlora.quantization.first_order import (
-    Shifted,
-    both,
-    first_order,
-    shifted_lookups,
-    shifted_outputs,
-    steepness,
-)
+from colab_qlora.quantization.memory_room import Room, larger_chunks
+from colab_qlora.quantization.module_use import Use, changes_of
 from colab_qlora.quantization.plain_rungs import Quantize, plain_quantize, rungs_of
+from colab_qlora.quantization.price_sums import PriceSums
 from colab_qlora.quantization.rung_prices import Prices, RungPrice, ladder_items
 
 __all__ = [
@@ -75,6 +73,11 @@ class PriceMeter:
         gemm_dtype: of E x (`product_dtype`); None: float32, or float64 in a float64 model.
         loss_scale: what the loss is multiplied by before backward (1 / accumulation steps, or more
             for float16); prices are of the loss itself.
+        room: for x and dY of micro-batches that wait for later ones; None: none of them does.
+
+    Attributes:
+        anchors: embeddings' outputs in the latest pass: all that needs a gradient lies above them.
+        is_waiting: whether another micro-batch follows the present one; whoever knows sets it.
     """
 
     def __init__(
@@ -86,21 +89,20 @@ class PriceMeter:
         *,
         gemm_dtype: torch.dtype | None = None,
         loss_scale: float = 1.0,
+        room: Room | None = None,
     ) -> None:
-        # embeddings' outputs in the latest pass: all that needs a gradient lies above them
         self.anchors: list[torch.Tensor] = []
+        self.is_waiting = False
         self._anchored = 0
         self._model, self._hooks, self._window = model, ExitStack(), BatchWindow()
         self._items = {item.name: item for item in weight_items(model)}
         self._rungs = {name: rungs_of(model, item) for name, item in self._items.items()}
         self._source = source or functools.partial(_own_weight, self._items)
         self._quantize, self._column_weights = quantize, column_weights or {}
-        self._gemm_dtype, self._loss_scale = gemm_dtype, loss_scale
-        # by weight and rung, then by micro-batch
-        self._changes: dict[tuple[str, str], dict[int, torch.Tensor]] = defaultdict(dict)
-        self._guards: dict[tuple[str, str], torch.Tensor] = {}
-        self._squares: dict[tuple[str, str], torch.Tensor] = {}
-        self._tokens: dict[str, int] = defaultdict(int)
+        self._gemm_dtype, self._room = gemm_dtype, room or Room()
+        self._sums = PriceSums(loss_scale)
+        # by weight: uses, with what each has claimed
+        self._waiting: dict[str, list[tuple[Use, int]]] = defaultdict(list)
 
     def __enter__(self) -> PriceMeter:
         with ExitStack() as hooks:
@@ -151,36 +153,32 @@ class PriceMeter:
         inputs: torch.Tensor,
         gradient: torch.Tensor,
     ) -> None:
-        """Add what x and dY say about each rung of a weight; runs in the backward pass."""
-        is_table = isinstance(module, torch.nn.Embedding)
-        outputs = (gradient if gradient.ndim > 2 else gradient[None]).detach()
-        keep = mask if mask is not None and outputs.shape[:2] == mask.shape else None
-        x = inputs.detach().reshape(outputs.shape[:2] if is_table else (*outputs.shape[:2], -1))
-        steep = steepness(outputs)
-        columns = 1 if is_table else x.shape[-1]
-        for rung, shifted in self._shifted(name, x, outputs, is_table):
-            changes, squares = first_order(shifted, outputs, keep, columns)
-            # the sums are divided: gradients would underflow in float16
-            changes = changes / self._loss_scale
-            key, before = (name, rung), self._changes[name, rung].get(batch)
-            # a tied tensor has one change: that of all its uses
-            self._changes[key][batch] = changes if before is None else both(before, changes)
-            for sums, value in (
-                (self._guards, (steep * squares).sum() / self._loss_scale**2),
-                (self._squares, squares.sum()),
-            ):
-                sums[key] = sums[key] + value if key in sums else value
-        self._tokens[name] += int(keep.sum()) if keep is not None else outputs[..., 0].numel()
+        """Keep what x and dY say about each rung of a weight; runs in the backward pass."""
+        use = Use.of(module, batch, mask, inputs, gradient)
+        waits = self.is_waiting and self._room.claim(use.nbytes)
+        self._waiting[name].append((use, use.nbytes if waits else 0))
+        if not waits:
+            self._add_up(name)
 
-    def _shifted(
-        self, name: str, x: torch.Tensor, outputs: torch.Tensor, is_table: bool
-    ) -> Iterator[tuple[str, Shifted]]:
-        weight = self._source(name).detach()
+    @torch.no_grad()
+    def _add_up(self, name: str) -> None:
+        """Add what the uses of a weight say that wait."""
+        uses, claimed = zip(*self._waiting.pop(name), strict=True)
         rungs = [rung for rung in self._rungs[name] if rung != SIXTEEN_BIT]
-        columns = self._column_weights.get(name)
-        if is_table:
-            return shifted_lookups(weight, rungs, self._quantize, columns, x, outputs)
-        return shifted_outputs(weight, rungs, self._quantize, columns, x, outputs, self._gemm_dtype)
+        with larger_chunks(uses[0].gradient.device):
+            self._sums.add(
+                name,
+                uses,
+                changes_of(
+                    uses,
+                    functools.partial(self._source, name),
+                    rungs,
+                    self._quantize,
+                    self._column_weights.get(name),
+                    self._gemm_dtype,
+                ),
+            )
+        self._room.give_back(sum(claimed))
 
     def prices(self) -> Prices:
         """What was measured so far, by weight and rung; 16 bit costs nothing.
@@ -189,7 +187,10 @@ class PriceMeter:
             UserError: no backward pass came by.
             BrokenNumbers: some are infinite or NaN.
         """
-        if not self._changes:
+        # weights that the last micro-batch did not use, such as an expert's
+        for name in list(self._waiting):
+            self._add_up(name)
+        if not self._sums.tokens:
             raise UserError(
                 "no price was measured",
                 got="no backward pass",
@@ -197,11 +198,11 @@ class PriceMeter:
             )
         found: Prices = {}
         for name, rungs in self._rungs.items():
-            if not self._tokens[name]:
+            if not self._sums.tokens.get(name):
                 continue
             found[name] = {}
             for rung in rungs:
-                price = self._price(name, rung)
+                price = self._sums.price(name, rung)
                 if not math.isfinite(price.price + price.output_error):
                     raise BrokenNumbers(
                         f"the price of {name} on {rung} is infinite or NaN",
@@ -209,14 +210,6 @@ class PriceMeter:
                     )
                 found[name][rung] = price
         return found
-
-    def _price(self, name: str, rung: str) -> RungPrice:
-        key = name, rung
-        if key not in self._changes:
-            return RungPrice()
-        changes = tuple(tuple(rows.tolist()) for _, rows in sorted(self._changes[key].items()))
-        guard = float(self._guards[key]) / len(changes)
-        return RungPrice(changes, guard, float(self._squares[key]) / self._tokens[name])
 
 
 class _Probe(torch.autograd.Function):
@@ -259,11 +252,12 @@ def measure_prices(model: Any, batches: Iterable[Mapping[str, Any]], **options: 
 
 
 def _measured(
-    model: Any, batches: Iterable[Mapping[str, Any]], loss_scale: float = 1.0, **options: Any
+    model: Any, batches: Sequence[Mapping[str, Any]], loss_scale: float = 1.0, **options: Any
 ) -> Prices:
     meter = PriceMeter(model, loss_scale=loss_scale, **options)
     with meter, torch.enable_grad():
         for index, batch in enumerate(batches):
+            meter.is_waiting = index + 1 < len(batches)
             loss = model(**{"use_cache": False, **batch}).loss
             if loss is None or not torch.isfinite(loss):
                 raise UserError(

@@ -10,7 +10,11 @@ from tiny_llama import LINEARS, batch_of, frozen, tiny_llama
 from colab_qlora.quantization import dynamic, live_prices, prices
 from colab_qlora.quantization.budget import INT8, NF4_64, RUNGS
 from colab_qlora.quantization.dynamic import dynamic_state
-from colab_qlora.quantization.first_order import product_dtype, shifted_outputs
+from colab_qlora.quantization.first_order import (
+    product_dtype,
+    shifted_outputs,
+    weight_errors,
+)
 from colab_qlora.quantization.live_prices import measure_live
 from colab_qlora.quantization.plain_rungs import plain_quantize
 from colab_qlora.quantization.prices import BrokenNumbers, PriceMeter, measure_prices
@@ -124,13 +128,14 @@ def test_products_in_float16_that_overflow_are_made_in_float32(size):
     torch.manual_seed(0)
     weight, x = torch.randn(24, 64), size * torch.randn(2, 5, 64)
     weight[3] *= 1e5
-    gradient = torch.randn(2, 5, 24)
-    found = {}
-    for low in (torch.float16, None):
-        outputs = shifted_outputs(weight, RUNGS[:3], plain_quantize, None, x, gradient, low)
-        found[low] = {rung: shifted(slice(0, 24)) for rung, shifted in outputs}
-    assert found[None].keys() == set(RUNGS[:3])
-    for rung, expected in found[None].items():
-        ours = found[torch.float16][rung]
-        assert torch.isfinite(ours).all() and ours.dtype == torch.float32
-        torch.testing.assert_close(ours, expected, rtol=1e-2, atol=1e-2 * size)
+    small, gradient = torch.randn(2, 3, 64), torch.randn(2, 5, 24)
+    errors = dict(weight_errors(weight, RUNGS[:3], plain_quantize, None, gradient))
+    assert errors.keys() == set(RUNGS[:3])
+    for error in errors.values():
+        part = error(slice(0, 24))
+        # another use of the weight at the same time does not change it
+        found = {low: list(shifted_outputs([small, x], part, low)) for low in (torch.float16, None)}
+        for ours, expected, scale in zip(found[torch.float16], found[None], (1, size), strict=True):
+            assert torch.isfinite(ours).all() and ours.dtype == torch.float32
+            torch.testing.assert_close(ours, expected, rtol=1e-2, atol=1e-2 * scale)
+        assert torch.equal(found[None][1], x @ part.T)
