@@ -1,5 +1,7 @@
 """Keyword arguments that tutorials pass to from_pretrained and get_peft_model, one by one.
 
+Those of the saving functions are in `export/options.py`.
+
 `TABLE` says of each whether it is honoured, comes about by itself (so that nothing is left to set),
 or is refused, which `check_peer_arguments` does in one sentence. Arguments of transformers and PEFT
 that are not here are passed on to them.
@@ -7,7 +9,7 @@ that are not here are passed on to them.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -24,7 +26,7 @@ class PeerArgument:
     Attributes:
         name: as it is passed.
         where: the functions that take it.
-        verdict: "honoured", "by itself" or "refused".
+        verdict: "honoured", "by itself" or "refused"; of the saving functions "without effect" too.
         what: what it does here; of a refused one, why it is not to be had.
         harmless: of a refused one, the values that ask for nothing.
         do: of a refused one, the next step.
@@ -183,10 +185,12 @@ def check_peer_arguments(where: str, given: dict[str, Any]) -> None:
             raise UserError(f"{name} is not to be had here: {row.what}", got=repr(value), do=row.do)
 
 
-def as_markdown() -> str:
-    """The table for the README, in the order of `TABLE`."""
+def as_markdown(table: Sequence[PeerArgument] = TABLE) -> str:
+    """The table for docs/coming_from_unsloth.md, in its own order."""
+    functions = {name for row in table for name in row.where}
     lines = ["| argument of | name | here | what it does |", "|---|---|---|---|"]
-    for row in TABLE:
-        where = ", ".join(f"`{name}`" for name in row.where)
+    for row in table:
+        is_long = len(row.where) > 3 and set(row.where) == functions
+        where = f"all {len(functions)}" if is_long else ", ".join(f"`{n}`" for n in row.where)
         lines.append(f"| {where} | `{row.name}` | {row.verdict} | {row.what} |")
     return "\n".join(lines) + "\n"

@@ -302,4 +302,4 @@ def test_for_training_takes_the_checkpointing(tiny_model_folder: Path) -> None:
 
 def test_the_table_in_the_documents_is_this_one() -> None:
     path = Path(__file__).resolve().parents[2] / "docs" / "coming_from_unsloth.md"
-    assert path.read_text(encoding="utf-8").endswith("\n\n" + peers.as_markdown() + "\n")
+    assert "\n\n" + peers.as_markdown() + "\n" in path.read_text(encoding="utf-8")
