@@ -33,6 +33,7 @@ class CostSettings:
         optimizer_bits: 8 or 32, of the two moments.
         has_gradients: gradients of earlier micro-batches are there (gradient accumulation).
         gemm_workspace_bytes: what cuBLAS has; 0 on a CPU.
+        records_layers: layers may be recorded as CUDA graphs where the host is slow.
         embedding: where its table is: "gpu", "host", or "either", which leaves it to the planner
             (and counts as "gpu" elsewhere).
     """
@@ -50,6 +51,7 @@ class CostSettings:
     has_gradients: bool = False
     gemm_workspace_bytes: int = GEMM_WORKSPACE_BYTES
     embedding: str = "gpu"
+    records_layers: bool = True
 
     def __post_init__(self) -> None:
         for name, allowed in (

@@ -35,10 +35,13 @@ def waits_for_host(batch: Batch) -> bool:
 def may_record(step: StepPlan, left_bytes: int) -> bool:
     """True if the layers can be recorded where so much memory is left beside the step's peak."""
     batch = step.batch
-    if batch.settings.has_dropout or any(step.offload) or batch.profile.capability == (0, 0):
+    settings = batch.settings
+    if settings.has_dropout or not settings.records_layers or any(step.offload):
+        return False
+    if batch.profile.capability == (0, 0):  # a CPU
         return False
     # packed documents lie elsewhere in every batch
     if batch.seq_length * step.sequences != batch.tokens:
         return False
-    needed = recording_bytes(batch.shape, batch.rank, batch.tokens, batch.settings)
+    needed = recording_bytes(batch.shape, batch.rank, batch.tokens, settings)
     return left_bytes >= needed

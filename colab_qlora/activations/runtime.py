@@ -118,6 +118,13 @@ class ActivationRuntime:
         self.new_pass()
         return f"planning again with {self.share:.0%} of the memory"
 
+    def layers_are_not_recorded(self) -> None:
+        """Plans that count on recorded layers no longer hold."""
+        settings = self.workload.settings
+        if settings.records_layers:
+            self.workload = replace(self.workload, settings=replace(settings, records_layers=False))
+            self.plans.clear()
+
     def embedding_is_back(self) -> None:
         """Its table is on the GPU again: plans that count on the host no longer hold."""
         settings = self.workload.settings

@@ -65,7 +65,8 @@ def plan_step(
         usual = _fastest(batch, sequences, budget_bytes, host_bytes, other_bytes)
     except BudgetTooSmall as error:
         failure = error.with_traceback(None)
-    if usual is not None and any(usual.plan.offload) and waits_for_host(batch):
+    tries = batch.settings.records_layers and waits_for_host(batch)
+    if tries and usual is not None and any(usual.plan.offload):
         room = budget_bytes - recording_bytes(
             batch.shape, batch.rank, batch.tokens, usual.batch.settings
         )

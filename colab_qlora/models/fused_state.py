@@ -122,6 +122,8 @@ class FusedState:
                 plan |= {BRANCH}
             return LayerChoice(plan, self.mlp_tokens, self.max_weight_bytes, self.holds_gate_up)
         if runtime.current is None:
+            if not self.graphs.is_on:
+                runtime.layers_are_not_recorded()
             runtime.plan_of(_kind_of(layer, hidden, mask))
         assert runtime.current is not None
         assert runtime.current.step is not None

@@ -59,6 +59,7 @@ def workload_of(model: Any, batch_size: int = 1, seq_length: int = 1) -> Workloa
         spare_multiple=PADDING.get(device.type, 1),
         is_4bit=is_4bit,
         embedding=_place_of_embedding(causal, device),
+        records_layers=_records(model),
     )
     rank: Rank = ranks
     name = getattr(causal.config, "_name_or_path", "") or type(causal).__name__
@@ -192,6 +193,11 @@ class _MachineNow:
             self.memory_budget_gib,
             self.host_budget_gib,
         )
+
+
+def _records(model: Any) -> bool:
+    state = state_of(model)
+    return state is not None and state.graphs.is_on
 
 
 def _place_of_embedding(causal: Any, device: torch.device) -> str:

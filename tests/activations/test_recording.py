@@ -94,3 +94,9 @@ def test_the_face_predicts_what_will_run(profile) -> None:
     whole = plan_for(workload, Machine(profile, plan.step.peak_bytes, 0))
     assert whole.step is not None and not whole.may_record
     assert whole.step_seconds == whole.step.step_s
+
+
+def test_a_model_whose_layers_are_not_recorded_is_planned_so() -> None:
+    batch = batch_of(SLOW_HOST, records_layers=False)
+    found = plan_step(batch, 2, 7 * GIB, 64 * GIB)
+    assert any(found.offload) and not may_record(found, 10 * GIB)

@@ -42,7 +42,8 @@ KIB = 1024
 
 def smart_model(family: str = "llama", dtype: torch.dtype = torch.float32, **budgets: Any) -> Any:
     model = tiny_model(family, dtype)
-    fuse(model)
+    # a GPU would wait for the host here, where recorded layers beat what is tested
+    fuse(model).graphs.is_on = False
     set_gradient_checkpointing(model, "smart", **budgets)
     return model
 
@@ -75,7 +76,7 @@ def test_buckets_are_at_most_an_eighth_above(length: int) -> None:
 )
 def test_budgets_change_plans_and_no_gradient(family: str, dtype: torch.dtype) -> None:
     # on a GPU the floor moves with what else is allocated: there a step has to be larger than that
-    rows = 2 if DEVICE == "cpu" else 128
+    rows = 2 if DEVICE == "cpu" else 512
     model, inputs = smart_model(family, dtype), batch(length=64, rows=rows)
     want = gradients(model, inputs)
     step = runtime_of(model).current.step
@@ -83,7 +84,7 @@ def test_budgets_change_plans_and_no_gradient(family: str, dtype: torch.dtype) -
     whole, floor = step.peak_bytes / GIB, floor_gib(model, inputs)
     assert floor < whole
     plans = set()
-    slack = 1e-9 if DEVICE == "cpu" else 0.02 * (whole - floor)
+    slack = 1e-9 if DEVICE == "cpu" else 0.1 * (whole - floor)
     for share in (0.0, 0.2, 0.4, 0.6, 0.8, 1.0):
         budget = floor + share * max(0.0, whole - floor) + slack
         set_gradient_checkpointing(model, "smart", memory_budget_gib=budget)

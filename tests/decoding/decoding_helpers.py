@@ -64,4 +64,4 @@ def decoded(model: Any, inputs: dict[str, torch.Tensor], options: dict[str, Any]
     with eager_on_cpu():
         found = decode(model, inputs, options)
     assert found is not None
-    return found
+    return found.cpu()

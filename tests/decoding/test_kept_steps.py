@@ -144,6 +144,7 @@ def test_4_bit_linears_are_decoded(tiny_model_folder: Path) -> None:
     model, _ = FastLanguageModel.from_pretrained(str(tiny_model_folder), 64, dtype="float32")
     model = FastLanguageModel.get_peft_model(model, r=4).eval()
     inputs, options = prompts(9, 4), greedy(12)
+    inputs = {name: tensor.to(model.device) for name, tensor in inputs.items()}
     assert torch.equal(decoded(model, inputs, options), generated(model, inputs, options))
 
 

@@ -153,7 +153,8 @@ def check_mixed(model: Any, inputs: dict[str, Any]) -> float:
     _, stock = loss_and_gradients(copy.deepcopy(twin).float(), inputs)
     loss, gradients = loss_and_gradients(model, inputs)
     assert float(loss) == pytest.approx(float(truth), rel=1e-6)
-    # float32's own error is some 1e-7; a sum in another order may cost as much again
+    # float32's own error is some 1e-7; a sum in another order may cost as much again, and on a GPU,
+    # whose GEMMs split their sums by shape, twice that
     errors = (largest_error(gradients, expected), largest_error(stock, expected))
-    assert errors[0] <= 2 * errors[1] + 2**-22, errors
+    assert errors[0] <= (2 if DEVICE == "cpu" else 4) * errors[1] + 2**-22, errors
     return float(loss)

@@ -188,7 +188,8 @@ def test_a_mask_or_documents_of_a_recorded_shape_count(recorded):
         "position_ids": torch.arange(11, device=inputs["labels"].device).repeat(2, 1),
     }
     packed["position_ids"][:, 6:] -= 6
-    moved = {**batch(), "position_ids": packed["position_ids"][:1] * 0 + torch.arange(3, 14)}
+    moved = {**batch(), "position_ids": packed["position_ids"][:1] * 0}
+    moved["position_ids"] += torch.arange(3, 14, device=inputs["labels"].device)
     found = [gradients(model, each) for each in (padded, packed, moved)]
     assert graphs.shapes
     assert not differing(gradients(model, inputs), expected)
