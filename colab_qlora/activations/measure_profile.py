@@ -32,6 +32,11 @@ GIB = 2**30
 RUNS = 5
 # each rate is measured for about so long, of at most so many calls
 BUSY_S, MOST_RUNS = 0.06, 300
+# the host's share of a call's time from which the GPU sleeps until all calls are queued; no GPU
+# clocks much higher
+HOST_BOUND_SHARE, LONGEST_SLEEP_S, CYCLES_PER_S = 0.5, 0.1, 2e9
+# element-wise passes are timed over this many tokens at least: with fewer they fit into the cache
+LEAST_MOVED_TOKENS = 2048
 WARM_UP_S = 0.3
 HOST_CALLS = 200
 # calls of torch that a host could make in the time that it needs for a layer, and for the rest of a
@@ -39,7 +44,7 @@ HOST_CALLS = 200
 # longer than 376 calls a layer would have; the share of the rest is that of an H100's
 LAYER_CALLS, STEP_CALLS = 450, 449
 # of what is kept on disk: another number wherever a rate is measured otherwise
-FORMAT = 3
+FORMAT = 4
 COPY_BYTES = 64 * 2**20
 # bytes of a number in NF4 with double quantisation
 _NF4_BYTES = 0.5 + 1 / 64 + 4 / 16384
@@ -210,6 +215,7 @@ def _move_rate(
     """Of the gated unit, which moves more bytes than any other pass."""
     from colab_qlora.kernels.swiglu import glu_forward
 
+    tokens = tokens if device.type == "cpu" else max(tokens, LEAST_MOVED_TOKENS)
     gate = torch.empty((tokens, shape.intermediate), dtype=dtype, device=device).normal_()
     up, out = gate.clone(), torch.empty_like(gate)
     seconds = timer(lambda: glu_forward(gate, up, activation="silu", out=out))
@@ -291,9 +297,22 @@ def host_call_s(device: torch.device) -> float:
 
 
 def _timed(call: Callable[[], Any], count: int) -> float:
-    """Seconds of so many calls in a row, after one that does not count."""
+    """Seconds of so many calls in a row on the GPU, after two that do not count.
+
+    Calls that the host starts more slowly than the GPU runs them wait until all are queued.
+    """
     call()
     began, ended = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+    torch.cuda.synchronize()
+    began.record()
+    start = time.perf_counter()
+    call()
+    host_s = time.perf_counter() - start
+    ended.record()
+    ended.synchronize()
+    # longer ones follow without a pause, since a GPU that has slept clocks higher
+    if count > 1 and host_s > HOST_BOUND_SHARE * began.elapsed_time(ended) / 1e3:
+        torch.cuda._sleep(int(CYCLES_PER_S * min(LONGEST_SLEEP_S, 1.5 * count * host_s)))
     began.record()
     for _ in range(count):
         call()
