@@ -23,6 +23,7 @@ from colab_qlora.errors import UserError
 Prompt = str | Sequence[Mapping[str, Any]]
 # model -> answers that are under way, and (training mode, key-value cache) before the first
 _ANSWERING: WeakKeyDictionary[Any, tuple[int, tuple[bool, bool]]] = WeakKeyDictionary()
+_ANSWERING_LOCK = threading.Lock()
 
 
 def ask(
@@ -238,24 +239,26 @@ def answering(model: Any) -> Iterator[None]:
     A model in training mode keeps nothing. Blocks of several answers may overlap in any order: the
     last one to end brings back what the first one found.
     """
-    count, found = _ANSWERING.get(model, (0, (model.training, model.config.use_cache)))
-    _ANSWERING[model] = (count + 1, found)
-    model.eval()
-    model.config.use_cache = True
+    with _ANSWERING_LOCK:
+        count, found = _ANSWERING.get(model, (0, (model.training, model.config.use_cache)))
+        _ANSWERING[model] = (count + 1, found)
+        model.eval()
+        model.config.use_cache = True
     try:
         yield
     finally:
-        count, (was_training, had_cache) = _ANSWERING.pop(model)
-        if count > 1:
-            _ANSWERING[model] = (count - 1, found)
-        else:
-            model.config.use_cache = had_cache
-            model.train(was_training)
-            if was_training:
-                from colab_qlora.decoding import free_decoding
+        with _ANSWERING_LOCK:
+            count, (was_training, had_cache) = _ANSWERING.pop(model)
+            if count > 1:
+                _ANSWERING[model] = (count - 1, found)
+            else:
+                model.config.use_cache = had_cache
+                model.train(was_training)
+                if was_training:
+                    from colab_qlora.decoding import free_decoding
 
-                # the next step needs the memory
-                free_decoding(model)
+                    # the next step needs the memory
+                    free_decoding(model)
 
 
 def _prompt_text(tokenizer: Any, question: Prompt, prompt_template: str | None) -> tuple[str, bool]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 import threading
 from pathlib import Path
 from typing import Any
@@ -13,6 +14,7 @@ pytest.importorskip("transformers")
 
 from colab_qlora import FastLanguageModel, UserError  # noqa: E402
 from colab_qlora.generation import (  # noqa: E402
+    answering,
     ask,
     ask_many,
     end_tokens,
@@ -198,3 +200,30 @@ def test_what_cannot_be_answered_is_refused(loaded, monkeypatch):
     monkeypatch.setattr(tokenizer, "chat_template", None)
     with pytest.raises(UserError, match="no chat template for a conversation"):
         ask(model, tokenizer, QUESTIONS[2])
+
+
+def test_answers_of_several_threads_leave_the_model_as_it_was(loaded):
+    model, _ = loaded
+    model.train()
+    failures: list[BaseException] = []
+
+    def enter() -> None:
+        try:
+            for _ in range(200):
+                with answering(model):
+                    assert not model.training
+        except BaseException as error:
+            failures.append(error)
+
+    threads = [threading.Thread(target=enter) for _ in range(3)]
+    before = sys.getswitchinterval()
+    sys.setswitchinterval(1e-6)
+    try:
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+    finally:
+        sys.setswitchinterval(before)
+    assert not failures
+    assert model.training

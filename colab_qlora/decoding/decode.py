@@ -15,7 +15,7 @@ import torch
 
 from colab_qlora.decoding.decode_step import DecodeStep
 from colab_qlora.decoding.eligibility import why_not_graphed
-from colab_qlora.decoding.kept_steps import borrow_step, give_back
+from colab_qlora.decoding.kept_steps import borrow_step, free_decoding, give_back
 from colab_qlora.decoding.sampling import Sampling, sampling_of
 from colab_qlora.models.fuse import causal_model
 
@@ -44,9 +44,13 @@ def decode(
         int64, (prompts, longest answer), on the CPU, rows that ended before padded; None, with
         nothing done, if generate has to be called.
     """
-    if model.training or why_not_graphed(model):
-        return None
     causal = causal_model(model)
+    if model.training or why_not_graphed(model):
+        # of what is kept nothing holds any more, on a model that was moved say
+        free_decoding(model)
+        return None
+    # as PEFT's generate does, whose wrapper may have been given another one
+    causal.generation_config = model.generation_config
     # what is kept has to be written to outside of inference mode too
     with torch.inference_mode(False), torch.no_grad(), torch.cuda.device_of(inputs["input_ids"]):
         sampling = sampling_of(causal, inputs, options)

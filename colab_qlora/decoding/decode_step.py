@@ -15,7 +15,7 @@ import torch
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
 from colab_qlora.decoding.fixed_cache import FixedCache
-from colab_qlora.layers.graph_recorder import after_failed_capture
+from colab_qlora.layers.graph_recorder import after_failed_capture, recording_stream
 from colab_qlora.models.key_value_cache import cache_field
 
 # bitsandbytes and Triton choose and load their kernels in the first pass, cuBLAS its workspace
@@ -107,14 +107,22 @@ class DecodeStep:
     ) -> torch.Tensor:
         """Logits after the last token of each row, (rows, vocabulary)."""
         cache: dict[str, Any] = {cache_field(CausalLMOutputWithPast): self._cache}
-        output = causal(
-            input_ids=ids,
-            attention_mask=mask,
-            position_ids=positions,
-            use_cache=True,
-            logits_to_keep=1,
-            **cache,
-        )
+        kind = self.device.type
+        # autocast would keep casts of adapters until its region ends, and a graph their addresses
+        with torch.autocast(
+            kind,
+            dtype=torch.get_autocast_dtype(kind),
+            enabled=torch.is_autocast_enabled(kind),
+            cache_enabled=False,
+        ):
+            output = causal(
+                input_ids=ids,
+                attention_mask=mask,
+                position_ids=positions,
+                use_cache=True,
+                logits_to_keep=1,
+                **cache,
+            )
         logits: torch.Tensor = output.logits[:, -1]
         return logits
 
@@ -124,7 +132,7 @@ class DecodeStep:
 
     def _capture(self, causal: Any) -> None:
         """Record the pass on a stream of its own, after it has run there."""
-        current, side = torch.cuda.current_stream(), torch.cuda.Stream()
+        current, side = torch.cuda.current_stream(), recording_stream(self.device)
         graph, pool = torch.cuda.CUDAGraph(), torch.cuda.graph_pool_handle()
         collects = gc.isenabled()
         # what is collected might wait for the GPU, which ends a capture

@@ -23,6 +23,8 @@ _CHANGING_ROPE = ("dynamic", "longrope")
 # whose hooks do the same at each pass, but for what they do in training
 _KNOWN_HOOKS = ("colab_qlora.", "transformers.")
 _HOOKS = ("_forward_hooks", "_forward_pre_hooks")
+# that modules compute with, beside their tensors
+_NUMBERS = ("scaling", "attention_scaling", "variance_epsilon", "eps")
 _PARAMETERS = ("Parameter", "Params4bit")
 
 _FAILURES: WeakKeyDictionary[Any, str] = WeakKeyDictionary()
@@ -79,8 +81,8 @@ def fingerprint(causal: Any) -> list[Any]:
             found += _address(tensor)
             state = getattr(tensor, "quant_state", None)
             if state is not None:
-                nested = getattr(state, "state2", None)
-                found += _address(state.absmax) + _address(getattr(nested, "absmax", None))
+                found += _quantised(state)
+        found += [getattr(module, name, None) for name in _NUMBERS]
         # PEFT's layers; a transformers model has a method of that name
         if isinstance(getattr(type(module), "active_adapters", None), property):
             scaling = getattr(module, "scaling", None)
@@ -90,6 +92,17 @@ def fingerprint(causal: Any) -> list[Any]:
                 list(getattr(module, "merged_adapters", ())),
                 dict(scaling) if isinstance(scaling, dict) else scaling,
             ]
+    return found
+
+
+def _quantised(state: Any) -> list[Any]:
+    """What decodes a 4-bit weight; `.to()` moves each of them by itself."""
+    found: list[Any] = [state.blocksize]
+    nested = getattr(state, "state2", None)
+    for tensor in (state.absmax, state.code, getattr(state, "offset", None)):
+        found += _address(tensor)
+    if nested is not None:
+        found += [nested.blocksize, *_address(nested.absmax), *_address(nested.code)]
     return found
 
 

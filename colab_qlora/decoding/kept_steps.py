@@ -10,6 +10,8 @@ import threading
 from typing import Any
 from weakref import WeakKeyDictionary, WeakSet
 
+import torch
+
 from colab_qlora.decoding.decode_step import DecodeStep
 from colab_qlora.decoding.eligibility import fingerprint, remember_failure
 from colab_qlora.models.fuse import causal_model
@@ -25,6 +27,8 @@ LEAST_NEW_TOKENS = 8
 _KEPT: WeakKeyDictionary[Any, tuple[list[Any], DecodeStep]] = WeakKeyDictionary()
 _BUSY: WeakSet[Any] = WeakSet()
 _LOCK = threading.Lock()
+# one capture at a time in the process: random numbers and garbage collection are everybody's
+_CAPTURE = threading.Lock()
 
 
 def borrow_step(causal: Any, rows: int, prompt: int, new_tokens: int) -> DecodeStep | None:
@@ -75,7 +79,12 @@ def _step_for(causal: Any, rows: int, prompt: int, new_tokens: int) -> DecodeSte
     free_decoding(causal)
     try:
         made = DecodeStep(rows, _bucket(needed), device)
-        made.prepare(causal)
+        with _CAPTURE:
+            made.prepare(causal)
+    except torch.OutOfMemoryError:
+        # these answers' cache is too long; others' may not be, and generate's grows as it has to
+        torch.cuda.empty_cache()
+        return None
     # whatever it was: generate needs no graph, and says itself what is wrong with the model
     except Exception as error:
         reason = f"its pass could not be captured ({_first_line(error)})"

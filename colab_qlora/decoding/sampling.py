@@ -21,7 +21,6 @@ _BEYOND = (
     "return_dict_in_generate",
     "output_scores",
     "output_logits",
-    "max_time",
     "stop_strings",
     "token_healing",
     "cache_implementation",
@@ -93,9 +92,11 @@ def sampling_of(
         )
     except (AttributeError, TypeError, ValueError):
         return None
-    if any(getattr(config, name, None) for name in _BEYOND):
+    if config.max_time is not None or any(getattr(config, name, None) for name in _BEYOND):
         return None
-    if (config.num_return_sequences or 1) != 1 or not config.max_new_tokens:
+    if (config.num_return_sequences or 1) != 1 or not isinstance(config.max_new_tokens, int):
+        return None
+    if not config.max_new_tokens:
         return None
     if any(type(processor).__name__ not in _PROCESSORS for processor in processors):
         return None

@@ -43,7 +43,7 @@ class GraphRecorder:
     def __init__(self, device: torch.device) -> None:
         self._device = device
         self._pool = torch.cuda.graph_pool_handle()
-        self._stream = _stream_of(device)
+        self._stream = recording_stream(device)
         # a pool ends with its last graph, and nothing could be recorded in it any more
         nothing = torch.zeros(1, device=device)
         self._anchor = self.record(lambda: (nothing.add_(0),))
@@ -81,7 +81,7 @@ class GraphRecorder:
 
 
 @functools.cache
-def _stream_of(device: torch.device) -> torch.cuda.Stream:
+def recording_stream(device: torch.device) -> torch.cuda.Stream:
     """One stream to record on: torch keeps a workspace of cuBLAS for each for good."""
     return torch.cuda.Stream(device)
 

@@ -42,12 +42,17 @@ class PinnedCopier:
         The memory is of the present stream, which has to be the one that the matrix is used on.
         """
         into = torch.empty(host.shape, dtype=host.dtype, device=self._device)
+        if self._stream is not None:
+            # should nobody come to wait for it, its memory is let go when the copy is over
+            into.record_stream(self._stream)
         # what used that memory before may still be at work
         ready = torch.cuda.current_stream(self._device).record_event() if self._stream else None
         return Arriving(into, self._thread.submit(self._copy, host, into, ready))
 
     def close(self) -> None:
         self._thread.shutdown()
+        if self._stream is not None:
+            self._stream.synchronize()
 
     def _copy(self, host: torch.Tensor, into: torch.Tensor, ready: Any) -> Any:
         source, target = _bytes_of(host), _bytes_of(into)

@@ -61,11 +61,13 @@ class WeightReader:
         error: BaseException | None,
         trace: TracebackType | None,
     ) -> None:
-        self._discard()
-        self._kept.clear()
-        if self._copier is not None:
-            self._copier.close()
-            self._copier = None
+        try:
+            self._discard()
+        finally:
+            self._kept.clear()
+            if self._copier is not None:
+                self._copier.close()
+                self._copier = None
 
     def expect(self, names: Iterable[str]) -> None:
         """The order in which matrices will be asked for; another one costs time only."""
@@ -124,4 +126,6 @@ class WeightReader:
         """Let go of a matrix that was not asked for, once it is there."""
         coming, self._coming = self._coming, None
         if coming is not None and isinstance(coming[1], Arriving):
-            coming[1].wait()
+            # nobody wants it, so nobody wants to know why it did not come
+            with contextlib.suppress(Exception):
+                coming[1].wait()

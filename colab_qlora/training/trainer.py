@@ -20,6 +20,7 @@ from transformers.integrations import TensorBoardCallback
 from transformers.trainer_utils import TrainOutput
 from transformers.utils.notebook import NotebookProgressCallback
 
+from colab_qlora.decoding import free_decoding
 from colab_qlora.disk import is_disk_full
 from colab_qlora.models.smart import bring_embedding_back, free_recordings, runtime_of
 from colab_qlora.quantization.remaking import follow_map, follow_or_say
@@ -212,6 +213,7 @@ class SFTTrainer(RescuingTrainer):
                 short.
         """
         folder = self.args.output_dir or "."
+        free_decoding(self.model)  # of answers before
         for reader in self._readers():
             reader.attach(self._loss_log, self._say)
         if self.is_world_process_zero() and (finished := finish_killed_save(folder)):

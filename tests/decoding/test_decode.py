@@ -133,6 +133,19 @@ def test_settings_of_the_model_count_where_nothing_was_asked() -> None:
     assert not torch.equal(found, plain)
 
 
+def test_settings_given_to_the_peft_model_count() -> None:
+    from peft import LoraConfig, get_peft_model
+    from transformers import GenerationConfig
+
+    model, inputs = tiny_model("Llama"), prompts(9)
+    model = get_peft_model(model, LoraConfig(r=2, task_type="CAUSAL_LM")).eval()
+    plain = decoded(model, inputs, greedy(12))
+    model.generation_config = GenerationConfig(repetition_penalty=3.0, pad_token_id=0)
+    found = decoded(model, inputs, greedy(12))
+    assert torch.equal(found, generated(model, inputs, greedy(12)))
+    assert not torch.equal(found, plain)
+
+
 def test_inference_mode_around_one_answer_does_not_spoil_the_next() -> None:
     model, inputs = tiny_model("Llama"), prompts(9)
     with torch.inference_mode():

@@ -172,6 +172,44 @@ def test_a_pass_that_cannot_be_captured_is_told_once(
         assert why_not_graphed(tiny_model("Llama")) == "", "another model's failure"
 
 
+def test_a_cache_that_does_not_fit_is_no_reason_for_the_next(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    model, inputs = tiny_model("Llama"), prompts(9)
+
+    def full(self: Any, causal: Any) -> None:
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 4.30 GiB")
+
+    monkeypatch.setattr(DecodeStep, "prepare", full)
+    with eager_on_cpu():
+        assert decode(model, inputs, greedy(4)) is None
+        monkeypatch.undo()
+        assert torch.equal(decoded(model, inputs, greedy(4)), generated(model, inputs, greedy(4)))
+    assert capsys.readouterr().out == ""
+
+
+@pytest.mark.parametrize("name", ["scaling", "eps"])
+def test_a_number_that_a_pass_computes_with_counts(name: str) -> None:
+    model, inputs = tiny_model("Llama"), prompts(9)
+    before = decoded(model, inputs, greedy(12))
+    layer = model.model.layers[0]
+    if name == "scaling":
+        layer.self_attn.scaling *= 40
+    else:
+        layer.input_layernorm.variance_epsilon = 50.0
+    found = decoded(model, inputs, greedy(12))
+    assert torch.equal(found, generated(model, inputs, greedy(12)))
+    assert not torch.equal(found, before)
+
+
+def test_a_model_that_is_not_decoded_any_more_keeps_nothing() -> None:
+    model, inputs = tiny_model("Llama"), prompts(9)
+    decoded(model, inputs, greedy(4))
+    assert kept(model) is not None
+    assert decode(model, inputs, greedy(4)) is None, "on a CPU, without the tests' switch"
+    assert kept(model) is None
+
+
 def test_a_step_in_use_is_nobody_elses() -> None:
     model, inputs = tiny_model("Llama"), prompts(9)
     step = kept_steps.borrow_step(model, 1, 9, 4)

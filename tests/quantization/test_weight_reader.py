@@ -9,6 +9,7 @@ import torch
 
 from colab_qlora.quantization import weight_reader
 from colab_qlora.quantization.memory_room import Room
+from colab_qlora.quantization.pinned_copy import PinnedCopier
 from colab_qlora.quantization.weight_reader import WeightReader
 
 CPU = torch.device("cpu")
@@ -105,6 +106,28 @@ def test_an_error_is_raised_when_the_matrix_is_asked_for():
         with pytest.raises(FileNotFoundError, match="second"):
             reader("second")
     assert not workers()
+
+
+def test_a_failing_copy_of_another_matrix_is_nobodys_error(monkeypatch):
+    copy = PinnedCopier._copy
+
+    def failing(self, host, into, ready):
+        if host.shape == WEIGHTS["second"].shape:
+            raise OSError("a page that cannot be read")
+        return copy(self, host, into, ready)
+
+    monkeypatch.setattr(PinnedCopier, "_copy", failing)
+    with staged(Counted()) as reader:
+        reader.expect(["first", "second"])
+        assert_is(reader("first"), "first")  # "second" is read ahead
+        assert_is(reader("last"), "last")
+    with pytest.raises(ValueError, match="of the block"), staged(Counted()) as reader:
+        reader.expect(["first", "second"])
+        reader("first")
+        raise ValueError("of the block")
+    assert not workers()
+    with pytest.raises(OSError, match="a page"), staged(Counted()) as reader:
+        reader("second")
 
 
 def test_a_cpu_takes_matrices_as_the_source_has_them():
