@@ -158,6 +158,8 @@ def _execute(name: str, parameters: dict[str, Any], out: Path) -> float | None:
             stdout_file=sys.stdout,
             stderr_file=sys.stderr,
             execution_timeout=CELL_TIMEOUT_SECONDS,
+            # what a cell prints piece by piece is one output, as a person sees it
+            coalesce_streams=True,
         )
     except papermill.PapermillExecutionError as error:
         what = f"{error.ename}: {error.evalue}"

@@ -254,3 +254,22 @@ def test_a_deleted_result_is_made_again(house: Callable[..., list[str]], tmp_pat
     house()
     (tmp_path / "out" / "notebooks" / "04_format_data.ipynb").unlink()
     assert house() == ["04_format_data"]
+
+
+def test_what_is_printed_piece_by_piece_is_one_output(
+    run_all: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pytest.importorskip("papermill")
+    import nbformat
+
+    cell = (
+        "import time\nfor word in 'abc':\n    print(word, end='', flush=True)\n    time.sleep(0.3)"
+    )
+    parameters = nbformat.v4.new_code_cell("seed = 1", metadata={"tags": ["parameters"]})
+    notebook = nbformat.v4.new_notebook(cells=[parameters, nbformat.v4.new_code_cell(cell)])
+    (tmp_path / "notebooks").mkdir()
+    nbformat.write(notebook, tmp_path / "pieces.ipynb")
+    monkeypatch.setattr(run_all, "HERE", tmp_path)
+    assert run_all._execute("pieces", {}, tmp_path) is not None
+    executed = nbformat.read(tmp_path / "notebooks" / "pieces.ipynb", 4)
+    assert [output["text"] for output in executed.cells[-1].outputs] == ["abc"]
