@@ -8,6 +8,7 @@ import os
 import sys
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -127,3 +128,22 @@ def tiny_model_folder(embedded_folder: Path, tmp_path_factory: pytest.TempPathFa
     LlamaForCausalLM(config).save_pretrained(folder)
     tokenizer.save_pretrained(folder)
     return folder
+
+
+@pytest.fixture(scope="module")
+def adapted_embedded(embedded_folder: Path) -> tuple[Any, Any]:
+    """The embedded model with fused layers and an adapter that says something, in training mode."""
+    import torch
+
+    from colab_qlora import FastLanguageModel
+
+    model, tokenizer = FastLanguageModel.from_pretrained(
+        "embedded", 256, dtype="float32", load_in_4bit=False
+    )
+    model = FastLanguageModel.get_peft_model(model, r=4, use_gradient_checkpointing=False)
+    torch.manual_seed(0)
+    for name, parameter in model.named_parameters():
+        if "lora_B" in name:
+            # the same numbers on a GPU
+            parameter.data.copy_(torch.randn(parameter.shape) * 0.003)
+    return model, tokenizer

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import sys
 import threading
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -12,7 +11,7 @@ import pytest
 torch = pytest.importorskip("torch")
 pytest.importorskip("transformers")
 
-from colab_qlora import FastLanguageModel, UserError  # noqa: E402
+from colab_qlora import UserError  # noqa: E402
 from colab_qlora.generation import (  # noqa: E402
     answering,
     ask,
@@ -31,19 +30,9 @@ QUESTIONS = [
 ]
 
 
-@pytest.fixture(scope="module")
-def loaded(embedded_folder: Path) -> tuple[Any, Any]:
-    """The embedded model with an adapter that says something, in training mode."""
-    model, tokenizer = FastLanguageModel.from_pretrained(
-        "embedded", 256, dtype="float32", load_in_4bit=False
-    )
-    model = FastLanguageModel.get_peft_model(model, r=4, use_gradient_checkpointing=False)
-    torch.manual_seed(0)
-    for name, parameter in model.named_parameters():
-        if "lora_B" in name:
-            # the same numbers on a GPU
-            parameter.data.copy_(torch.randn(parameter.shape) * 0.003)
-    return model, tokenizer
+@pytest.fixture
+def loaded(adapted_embedded: tuple[Any, Any]) -> tuple[Any, Any]:
+    return adapted_embedded
 
 
 def test_many_are_answered_as_one_by_one(loaded):

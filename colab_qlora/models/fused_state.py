@@ -160,10 +160,7 @@ class FusedState:
         # watched before it is read: what changes in between is noticed at the next pass
         watch, reason, parts = watch_layer(layer), why_stock_now(layer), None
         if not reason:
-            budget = choice.max_weight_bytes
-            if budget is None and choice.is_short and not choice.holds_gate_up:
-                budget = largest_linear_bytes(layer)
-            parts = read_layer(layer, self.scratch, budget, holds_gate_up=choice.holds_gate_up)
+            parts = read_chosen(layer, choice, self.scratch)
         # of a part that is called as it is, which parameters learn is the part's own affair
         if parts is None or not any(group.has_modules for group in parts.groups()):
             # evaluation, and passes without adapters, alternate with training over the same weights
@@ -264,6 +261,14 @@ class FusedState:
         if mask is not None:
             mask = mask.expand(batch, mask.shape[1], length, length)
         return AttentionShape(batch, length, *heads, scale, mask=mask, window=window, cap=cap)
+
+
+def read_chosen(layer: Any, choice: LayerChoice, scratch: Scratch) -> LayerParts:
+    """A layer's parts as they are now, decoded as the choice says."""
+    budget = choice.max_weight_bytes
+    if budget is None and choice.is_short and not choice.holds_gate_up:
+        budget = largest_linear_bytes(layer)
+    return read_layer(layer, scratch, budget, holds_gate_up=choice.holds_gate_up)
 
 
 def fused_state(module: Any) -> FusedState | None:

@@ -12,8 +12,7 @@ from colab_qlora.activations.recording import recording_bytes
 from colab_qlora.layers.layer_graph import LayerGraph
 from colab_qlora.layers.layer_parts import LayerParts, Pass
 from colab_qlora.layers.saved import SavedTensors
-from colab_qlora.models.architectures import largest_linear_bytes, read_layer
-from colab_qlora.models.fused_state import LAYER_NUMBER, FusedState, LayerChoice
+from colab_qlora.models.fused_state import LAYER_NUMBER, FusedState, LayerChoice, read_chosen
 from colab_qlora.models.pass_parts import LayerPass, Room
 
 
@@ -48,9 +47,7 @@ def layer_pass(
         store=lambda: SavedTensors(choice.plan),
         choice=choice,
         plan=choice if step is None else step.stored,
-        read_again=lambda scratch: read_layer(
-            layer, scratch, _weight_bytes(layer, choice), holds_gate_up=choice.holds_gate_up
-        ),
+        read_again=lambda scratch: read_chosen(layer, choice, scratch),
         kind=(run.cos.shape, parts.window, parts.uses_rope),
     )
 
@@ -68,13 +65,6 @@ def room_of(state: FusedState) -> Room:
     batch = current.step.batch
     extra = recording_bytes(batch.shape, batch.rank, batch.tokens, batch.settings)
     return Room(left, max(0, current.step.peak_bytes - allocated), extra)
-
-
-def _weight_bytes(layer: Any, choice: LayerChoice) -> int | None:
-    """As `FusedState.reading_of` decides."""
-    if choice.max_weight_bytes is None and choice.is_short and not choice.holds_gate_up:
-        return largest_linear_bytes(layer)
-    return choice.max_weight_bytes
 
 
 def _is_hooked(layer: Any) -> bool:

@@ -23,7 +23,6 @@ from decoding_helpers import (  # noqa: E402
     tiny_model,
 )
 
-from colab_qlora import FastLanguageModel  # noqa: E402
 from colab_qlora.decoding import decode, eager_on_cpu  # noqa: E402
 from colab_qlora.decoding.decode_step import DecodeStep  # noqa: E402
 from colab_qlora.generation import ask, ask_many, stream  # noqa: E402
@@ -177,19 +176,9 @@ def test_half_precision_decodes_in_its_own_dtype() -> None:
     assert (step.logits - wanted).abs().max() <= (plain - wanted).abs().max() + 1e-2 * scale
 
 
-@pytest.fixture(scope="module")
-def loaded(embedded_folder: Path) -> tuple[Any, Any]:
-    """The embedded model with fused layers and an adapter that says something, in training mode."""
-    model, tokenizer = FastLanguageModel.from_pretrained(
-        "embedded", 256, dtype="float32", load_in_4bit=False
-    )
-    model = FastLanguageModel.get_peft_model(model, r=4, use_gradient_checkpointing=False)
-    torch.manual_seed(0)
-    for name, parameter in model.named_parameters():
-        if "lora_B" in name:
-            # the same numbers on a GPU
-            parameter.data.copy_(torch.randn(parameter.shape) * 0.003)
-    return model, tokenizer
+@pytest.fixture
+def loaded(adapted_embedded: tuple[Any, Any]) -> tuple[Any, Any]:
+    return adapted_embedded
 
 
 @pytest.fixture
