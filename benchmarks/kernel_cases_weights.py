@@ -10,7 +10,9 @@ from torch import Tensor
 
 from benchmarks.kernel_case import Build, Call, Case, Tensors, randoms
 from colab_qlora.kernels.backend import runs_triton
+from colab_qlora.kernels.int8_decode import Int8Weight, int8_decode_
 from colab_qlora.kernels.lora_borders import Border, lora_borders_, lora_borders_reference_
+from colab_qlora.kernels.mixed_group import mixed_group_
 from colab_qlora.kernels.nf4 import nf4_dequantize, nf4_state
 from colab_qlora.kernels.nf4_group import nf4_group_
 from colab_qlora.kernels.nf4_many import nf4_dequantize_many
@@ -28,7 +30,14 @@ def cases(*, is_dry: bool) -> list[Case]:
     qkv = (QKV_ROWS_DRY, QKV_WIDTH_DRY) if is_dry else (QKV_ROWS, QKV_WIDTH)
     size = NF4_SIZE_DRY if is_dry else NF4_SIZE
     gate_up = ((size[0], size[0]), size[1])
-    return [_nf4(size), _borders(*qkv), _group(*qkv), _group(*gate_up)]
+    return [
+        _nf4(size),
+        _borders(*qkv),
+        _group(*qkv),
+        _group(*gate_up),
+        _group(*qkv, kinds=("nf4", "int8", "16 bit")),
+        _group(*gate_up, kinds=("nf4", "int8")),
+    ]
 
 
 def _nf4(size: tuple[int, int]) -> Case:
@@ -75,6 +84,11 @@ def _decoded_bytes(weights: int) -> int:
     return int(weights * (0.5 + 1 / 64 + 2))
 
 
+def _stored_bytes(kind: str, weights: int) -> int:
+    """What reading a weight stored so, and writing it in 16 bit, moves; scales of rows aside."""
+    return {"nf4": _decoded_bytes(weights), "int8": 3 * weights, "16 bit": 4 * weights}[kind]
+
+
 def _one_by_one(decode: Callable[[Any], Tensor]) -> Build:
     return lambda t: lambda: [decode(t["gate"]), decode(t["up"])]
 
@@ -91,7 +105,17 @@ def _unsloth_decode(weight: Any) -> Tensor:
     return fast_dequantize(weight.data, weight.quant_state)
 
 
+def _int8(dense: Tensor) -> Int8Weight:
+    absmax = dense.float().abs().amax(1)
+    codes = (dense.float() * (127 / absmax[:, None])).round().to(torch.int8)
+    return Int8Weight(codes, absmax)
+
+
 def _true_weight(weight: Any) -> Tensor:
+    if isinstance(weight, Int8Weight):
+        return weight.codes.double() * (weight.absmax.double() / 127)[:, None]
+    if not hasattr(weight, "quant_state"):
+        return weight.double()
     state = nf4_state(weight)
     assert state.nested_absmax is not None and state.nested_code is not None
     assert state.offset is not None
@@ -166,14 +190,24 @@ def _blocks(t: Tensors, rows: tuple[int, ...]) -> list[Border]:
 Fill = Callable[[list[Any], list[Tensor], Tensor, int, int, list[Border]], None]
 
 
-def _group(rows: tuple[int, ...], width: int) -> Case:
-    """The weights of a fused GEMM, one above the other, and an adapter for each."""
+def _group(rows: tuple[int, ...], width: int, kinds: tuple[str, ...] = ()) -> Case:
+    """The weights of a fused GEMM, one above the other, and an adapter for each.
+
+    `kinds`: how each is stored, "nf4", "int8" or "16 bit"; all in NF4 if left out.
+    """
+    kinds = kinds or ("nf4",) * len(rows)
     height, names = sum(rows), [f"w{i}" for i in range(len(rows))]
 
     def make(device: torch.device, dtype: torch.dtype) -> Tensors:
         shapes = {name: (count, width) for name, count in zip(names, rows, strict=True)}
         adapters = _buffer_and_adapters(rows, width, device, dtype)
-        return adapters | _weights(device, dtype, **shapes)
+        found = randoms(device, dtype, **shapes)
+        for name, kind in zip(names, kinds, strict=True):
+            if kind == "nf4":
+                found |= _weights(device, dtype, **{name: shapes[name]})
+            elif kind == "int8":
+                found[name] = _int8(found[name])
+        return adapters | found
 
     def fills(fill: Fill) -> Build:
         def build(t: Tensors) -> Call:
@@ -194,7 +228,7 @@ def _group(rows: tuple[int, ...], width: int) -> Case:
         return [buffer]
 
     return Case(
-        op="nf4 decode + lora borders",
+        op=f"{' '.join(sorted(set(kinds)))} decode + lora borders",
         size=f"{'+'.join(map(str, rows))}+{SPARE} x {width}+{SPARE}",
         make=make,
         sides={
@@ -203,7 +237,8 @@ def _group(rows: tuple[int, ...], width: int) -> Case:
             "bitsandbytes + torch": fills(_fill_by_others),
         },
         truth=truth,
-        bytes_moved=_decoded_bytes(height * width) + _border_bytes(rows, width),
+        bytes_moved=_border_bytes(rows, width)
+        + sum(_stored_bytes(kind, count * width) for kind, count in zip(kinds, rows, strict=True)),
         notes=lambda t: "" if runs_triton(t["buffer"]) else "ours is one by one",
     )
 
@@ -211,17 +246,30 @@ def _group(rows: tuple[int, ...], width: int) -> Case:
 def _fill_together(weights, outs, buffer, height, width, blocks) -> None:
     if not runs_triton(buffer):
         return _fill_in_two(weights, outs, buffer, height, width, blocks)
-    is_done, _ = nf4_group_(weights, outs, buffer, height, width, blocks)
+    is_nf4 = all(hasattr(weight, "quant_state") for weight in weights)
+    fill = nf4_group_ if is_nf4 else mixed_group_
+    is_done, _ = fill(weights, outs, buffer, height, width, blocks)
     if not is_done:
         raise RuntimeError("no one launch can fill this buffer")
 
 
 def _fill_in_two(weights, outs, buffer, height, width, blocks) -> None:
-    nf4_dequantize_many(weights, outs)
+    nf4 = [(w, out) for w, out in zip(weights, outs, strict=True) if hasattr(w, "quant_state")]
+    nf4_dequantize_many([weight for weight, _ in nf4], [out for _, out in nf4])
+    for weight, out in zip(weights, outs, strict=True):
+        if isinstance(weight, Int8Weight):
+            int8_decode_(weight, out)
+        elif not hasattr(weight, "quant_state"):
+            out.copy_(weight)
     lora_borders_(buffer, height, width, blocks)
 
 
 def _fill_by_others(weights, outs, buffer, height, width, blocks) -> None:
     for weight, out in zip(weights, outs, strict=True):
-        out.copy_(_bitsandbytes_decode(weight))
+        if isinstance(weight, Int8Weight):
+            torch.mul(weight.codes, (weight.absmax / 127)[:, None], out=out)
+        elif hasattr(weight, "quant_state"):
+            out.copy_(_bitsandbytes_decode(weight))
+        else:
+            out.copy_(weight)
     lora_borders_reference_(buffer, height, width, blocks)

@@ -43,6 +43,7 @@ KERNEL_MODULES = (
     "nf4",
     "nf4_many",
     "nf4_group",
+    "mixed_group",
     "nf4_search",
     "int8_decode",
     "lora_borders",

@@ -85,18 +85,13 @@ class Int8Weight:
         return self.codes.data_ptr(), self.absmax.data_ptr()
 
 
-# sizes differ from weight to weight, and nothing is gained by knowing what divides them; the
-# alignment of `codes`: see nf4.py on `packed`
-@triton.jit(
-    do_not_specialize=["units", "row_units", "row_stride_units"],
-    do_not_specialize_on_alignment=["codes"],
-)
-def _decode_kernel(
-    codes, absmax, out, units, row_units, row_stride_units,
+@triton.jit
+def decode_int8_program(
+    program, codes, absmax, out, units, row_units, row_stride_units,
     CODES: tl.constexpr, UNITS: tl.constexpr,
 ):  # fmt: skip
     """CODES stand in a unit, a byte or a word; a row holds row_units of them."""
-    first = tl.program_id(0).to(tl.int64) * UNITS
+    first = program.to(tl.int64) * UNITS
     unit = tl.arange(0, UNITS)  # [UNITS]
     lane = tl.arange(0, CODES)[None, :]  # [1, CODES]
     is_unit = first + unit < units
@@ -114,7 +109,22 @@ def _decode_kernel(
     tl.store(out + place, value.to(out.dtype.element_ty), mask=is_unit[:, None])
 
 
-def _units(weight: Int8Weight, out: torch.Tensor) -> tuple[torch.Tensor, int]:
+# sizes differ from weight to weight, and nothing is gained by knowing what divides them; the
+# alignment of `codes`: see nf4.py on `packed`
+@triton.jit(
+    do_not_specialize=["units", "row_units", "row_stride_units"],
+    do_not_specialize_on_alignment=["codes"],
+)
+def _decode_kernel(
+    codes, absmax, out, units, row_units, row_stride_units,
+    CODES: tl.constexpr, UNITS: tl.constexpr,
+):  # fmt: skip
+    decode_int8_program(
+        tl.program_id(0), codes, absmax, out, units, row_units, row_stride_units, CODES, UNITS
+    )
+
+
+def int8_units(weight: Int8Weight, out: torch.Tensor) -> tuple[torch.Tensor, int]:
     """The codes as the kernel reads them, and how many of them are a unit."""
     codes, width = weight.codes.detach(), weight.shape[1]
     fits = width % WORD_CODES == 0 and out.stride(0) % WORD_CODES == 0
@@ -125,7 +135,7 @@ def _units(weight: Int8Weight, out: torch.Tensor) -> tuple[torch.Tensor, int]:
 
 
 def _launch(weight: Int8Weight, out: torch.Tensor) -> Launch | None:
-    units, codes = _units(weight, out)
+    units, codes = int8_units(weight, out)
     numbers = (units.numel(), units.shape[1], out.stride(0) // codes)
     arguments = (units, weight.absmax, out, *numbers, codes, PROGRAM_UNITS[codes])
     # rounded up; on the host triton.cdiv takes 1.5 us a call
@@ -170,6 +180,17 @@ def int8_decode_(weight: Int8Weight, out: torch.Tensor) -> Launch | None:
     Raises:
         UserError: `out` has another shape, device, dtype or stride. Nothing is written then.
     """
+    check_int8_out(weight, out)
+    if not out.numel():
+        return None
+    if runs_triton(out):
+        return _launch(weight, out)
+    int8_decode_reference_(weight, out)
+    return None
+
+
+def check_int8_out(weight: Int8Weight, out: torch.Tensor) -> None:
+    """Raise UserError unless the weight can be decoded into `out`."""
     if out.shape != weight.shape or out.device != weight.device:
         got = f"{tuple(out.shape)} on {out.device}"
         allowed = f"{tuple(weight.shape)} on {weight.device}"
@@ -180,12 +201,6 @@ def int8_decode_(weight: Int8Weight, out: torch.Tensor) -> Launch | None:
     if out.shape[1] > 1 and out.stride(1) != 1:
         got = f"strides {out.stride()}"
         raise UserError("out has gaps inside its rows", got=got, allowed="a last stride of 1")
-    if not out.numel():
-        return None
-    if runs_triton(out):
-        return _launch(weight, out)
-    int8_decode_reference_(weight, out)
-    return None
 
 
 def compile_cases() -> list[CompileCase]:

@@ -85,13 +85,16 @@ def dequantize_program(
     weights,
     row_steps,
     row_stride_steps,
-    BLOCKSIZE: tl.constexpr,
+    BLOCK_SHIFT: tl.constexpr,
     NESTED_BLOCKSIZE: tl.constexpr,
     CODES: tl.constexpr,
     STEP: tl.constexpr,
     UNITS: tl.constexpr,
 ):
-    """CODES are packed in a unit, a byte or a word. A row holds row_steps steps of STEP weights."""
+    """CODES are packed in a unit, a byte or a word, and 2 ** BLOCK_SHIFT units make a block.
+
+    A row holds row_steps steps of STEP weights.
+    """
     first = program.to(tl.int64) * UNITS
     unit = tl.arange(0, UNITS)  # [UNITS]
     lane = tl.arange(0, CODES)[None, :]  # [1, CODES]
@@ -100,7 +103,7 @@ def dequantize_program(
     bits = tl.load(packed + first + unit, mask=is_unit, other=0).to(tl.int32)
     # lane 0 is the high half of the lowest byte
     q = (bits[:, None] >> (4 * (lane ^ 1))) & 15  # [UNITS, CODES]
-    block = (first + unit) // (BLOCKSIZE // CODES)
+    block = (first + unit) >> BLOCK_SHIFT
     scale = tl.load(absmax + block, mask=is_unit, other=0)
     if NESTED_BLOCKSIZE > 0:
         nested = tl.load(nested_absmax + block // NESTED_BLOCKSIZE, mask=is_unit, other=0.0)
@@ -129,14 +132,14 @@ def dequantize_program(
 def _dequantize_kernel(
     packed, code, absmax, nested_absmax, nested_code, offset, out, weights,
     row_steps, row_stride_steps,
-    BLOCKSIZE: tl.constexpr, NESTED_BLOCKSIZE: tl.constexpr,
+    BLOCK_SHIFT: tl.constexpr, NESTED_BLOCKSIZE: tl.constexpr,
     CODES: tl.constexpr, STEP: tl.constexpr, UNITS: tl.constexpr,
 ):  # fmt: skip
     dequantize_program(
         tl.program_id(0),
         packed, code, absmax, nested_absmax, nested_code, offset, out, weights,
         row_steps, row_stride_steps,
-        BLOCKSIZE, NESTED_BLOCKSIZE, CODES, STEP, UNITS,
+        BLOCK_SHIFT, NESTED_BLOCKSIZE, CODES, STEP, UNITS,
     )  # fmt: skip
 
 
@@ -169,12 +172,17 @@ def form_arguments(state: NF4State, units: torch.Tensor, out: torch.Tensor) -> d
     return {
         "row_steps": columns // step,
         "row_stride_steps": row_stride // step,
-        "BLOCKSIZE": state.blocksize,
+        "BLOCK_SHIFT": block_shift(state.blocksize, codes),
         "NESTED_BLOCKSIZE": state.nested_blocksize,
         "CODES": codes,
         "STEP": step,
         "UNITS": PROGRAM_CODES // codes,
     }
+
+
+def block_shift(blocksize: int, codes: int) -> int:
+    """A block is 2 to this power units of so many codes; block sizes are powers of 2."""
+    return (blocksize // codes).bit_length() - 1
 
 
 def _launch(state: NF4State, out: torch.Tensor) -> Launch | None:
@@ -359,7 +367,11 @@ def _compile_case(name: str, absmax: str, nested_blocksize: int, step: int) -> C
         pointers |= dict.fromkeys(nested, FLOAT)
     else:
         absent = dict.fromkeys(nested)
-    constexprs = {"BLOCKSIZE": 64, "NESTED_BLOCKSIZE": nested_blocksize, "CODES": WORD_CODES}
+    constexprs = {
+        "BLOCK_SHIFT": block_shift(64, WORD_CODES),
+        "NESTED_BLOCKSIZE": nested_blocksize,
+        "CODES": WORD_CODES,
+    }
     return CompileCase(
         name=f"nf4_dequantize {name}",
         kernel=_dequantize_kernel,

@@ -48,7 +48,7 @@ def _group_kernel(
     packed1, code1, absmax1, nested_absmax1, nested_code1, offset1, out1, weights1,
     packed2, code2, absmax2, nested_absmax2, nested_code2, offset2, out2, weights2,
     second, third, row_steps, row_stride_steps,
-    BLOCKSIZE: tl.constexpr, NESTED_BLOCKSIZE: tl.constexpr,
+    BLOCK_SHIFT: tl.constexpr, NESTED_BLOCKSIZE: tl.constexpr,
     CODES: tl.constexpr, STEP: tl.constexpr, UNITS: tl.constexpr,
     borders, buffer, height, width, spare, row_stride,
     a0, b0, first0, last0, left0, rank0, a_rank0, scale0, a_scale0,
@@ -66,7 +66,7 @@ def _group_kernel(
             packed1, code1, absmax1, nested_absmax1, nested_code1, offset1, out1, weights1,
             packed2, code2, absmax2, nested_absmax2, nested_code2, offset2, out2, weights2,
             second, third, row_steps, row_stride_steps,
-            BLOCKSIZE, NESTED_BLOCKSIZE, CODES, STEP, UNITS,
+            BLOCK_SHIFT, NESTED_BLOCKSIZE, CODES, STEP, UNITS,
         )  # fmt: skip
     else:
         write_border_tile(

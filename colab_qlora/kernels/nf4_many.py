@@ -47,7 +47,7 @@ def _dequantize_many_kernel(
     packed1, code1, absmax1, nested_absmax1, nested_code1, offset1, out1, weights1,
     packed2, code2, absmax2, nested_absmax2, nested_code2, offset2, out2, weights2,
     second, third, row_steps, row_stride_steps,
-    BLOCKSIZE: tl.constexpr, NESTED_BLOCKSIZE: tl.constexpr,
+    BLOCK_SHIFT: tl.constexpr, NESTED_BLOCKSIZE: tl.constexpr,
     CODES: tl.constexpr, STEP: tl.constexpr, UNITS: tl.constexpr,
 ):  # fmt: skip
     dequantize_one_of_three(
@@ -56,7 +56,7 @@ def _dequantize_many_kernel(
         packed1, code1, absmax1, nested_absmax1, nested_code1, offset1, out1, weights1,
         packed2, code2, absmax2, nested_absmax2, nested_code2, offset2, out2, weights2,
         second, third, row_steps, row_stride_steps,
-        BLOCKSIZE, NESTED_BLOCKSIZE, CODES, STEP, UNITS,
+        BLOCK_SHIFT, NESTED_BLOCKSIZE, CODES, STEP, UNITS,
     )  # fmt: skip
 
 
@@ -67,7 +67,7 @@ def dequantize_one_of_three(
     packed1, code1, absmax1, nested_absmax1, nested_code1, offset1, out1, weights1,
     packed2, code2, absmax2, nested_absmax2, nested_code2, offset2, out2, weights2,
     second, third, row_steps, row_stride_steps,
-    BLOCKSIZE: tl.constexpr, NESTED_BLOCKSIZE: tl.constexpr,
+    BLOCK_SHIFT: tl.constexpr, NESTED_BLOCKSIZE: tl.constexpr,
     CODES: tl.constexpr, STEP: tl.constexpr, UNITS: tl.constexpr,
 ):  # fmt: skip
     """`second` and `third`: the programs that the second and the third weight start with."""
@@ -76,19 +76,19 @@ def dequantize_one_of_three(
         dequantize_program(
             program,
             packed0, code0, absmax0, nested_absmax0, nested_code0, offset0, out0, weights0,
-            row_steps, row_stride_steps, BLOCKSIZE, NESTED_BLOCKSIZE, CODES, STEP, UNITS,
+            row_steps, row_stride_steps, BLOCK_SHIFT, NESTED_BLOCKSIZE, CODES, STEP, UNITS,
         )  # fmt: skip
     elif program < third:
         dequantize_program(
             program - second,
             packed1, code1, absmax1, nested_absmax1, nested_code1, offset1, out1, weights1,
-            row_steps, row_stride_steps, BLOCKSIZE, NESTED_BLOCKSIZE, CODES, STEP, UNITS,
+            row_steps, row_stride_steps, BLOCK_SHIFT, NESTED_BLOCKSIZE, CODES, STEP, UNITS,
         )  # fmt: skip
     else:
         dequantize_program(
             program - third,
             packed2, code2, absmax2, nested_absmax2, nested_code2, offset2, out2, weights2,
-            row_steps, row_stride_steps, BLOCKSIZE, NESTED_BLOCKSIZE, CODES, STEP, UNITS,
+            row_steps, row_stride_steps, BLOCK_SHIFT, NESTED_BLOCKSIZE, CODES, STEP, UNITS,
         )  # fmt: skip
 
 
@@ -163,7 +163,7 @@ def compile_cases() -> list[CompileCase]:
 
 
 def _compile_case(single: CompileCase) -> CompileCase:
-    sizes = ("BLOCKSIZE", "NESTED_BLOCKSIZE", "CODES", "STEP", "UNITS")
+    sizes = ("BLOCK_SHIFT", "NESTED_BLOCKSIZE", "CODES", "STEP", "UNITS")
     shared = ("row_steps", "row_stride_steps", *sizes)
 
     def thrice(values: dict[str, Any]) -> dict[str, Any]:

@@ -15,6 +15,7 @@ import torch
 from colab_qlora.kernels.int8_decode import int8_decode_
 from colab_qlora.kernels.launch import Launch
 from colab_qlora.kernels.lora_borders import Border, lora_borders_
+from colab_qlora.kernels.mixed_group import mixed_group_
 from colab_qlora.kernels.nf4_group import nf4_group_
 from colab_qlora.kernels.nf4_many import nf4_dequantize_many
 from colab_qlora.layers.linear import LinearPart, LoraBlock
@@ -140,9 +141,12 @@ class GroupDecoder:
         borders = self._borders(span, is_backward)
         launches: tuple[Launch | None, ...] = ()
         is_done = False
-        if all(part.kind == "nf4" for part in parts):
-            weights = [part.weight for part in parts]
+        kinds, weights = {part.kind for part in parts}, [part.weight for part in parts]
+        if kinds == {"nf4"}:
             is_done, whole = nf4_group_(weights, outs, buffer, height, self._width, borders)
+            launches = (whole,)
+        if not is_done and kinds <= {"nf4", "int8", "dense"}:
+            is_done, whole = mixed_group_(weights, outs, buffer, height, self._width, borders)
             launches = (whole,)
         if not is_done:
             decoding = decode_weights(parts, outs)

@@ -26,6 +26,7 @@ from colab_qlora.kernels import (
     int8_decode,
     label_count,
     lora_borders,
+    mixed_group,
     nf4,
     nf4_group,
     nf4_many,
@@ -319,6 +320,41 @@ def nf4_with_borders(monkeypatch):
         agree(run, randn(156, 224), *(randn(*shape).float() for shape in shapes))
 
 
+def weights_of_several_kinds(monkeypatch):
+    """Groups of one to three weights, of which at most the NF4 ones are alike, and adapters."""
+    make = {
+        "nf4": lambda rows: quantised(rows, 208, nested=True),
+        "int8": lambda rows: int8_decode.Int8Weight(
+            torch.randint(-127, 128, (rows, 208), dtype=torch.int8).to(DEVICE),
+            torch.rand(rows).to(DEVICE),
+        ),
+        "plain": lambda rows: randn(rows, 208),
+    }
+    groups = ("int8 nf4", "nf4 plain nf4", "plain nf4 int8", "nf4 nf4", "int8", "plain plain")
+    for kinds in map(str.split, groups):
+        rows = (40, 100, 16)[: len(kinds)]
+        weights = [make[kind](count) for kind, count in zip(kinds, rows, strict=True)]
+        height = sum(rows)
+
+        def run(buffer, a, b, weights=weights, rows=rows, height=height):
+            buffer = buffer.clone()
+            outs = list(buffer[:height, :208].split(rows))
+            blocks = [lora_borders.Border(16, 3, a, b, 1.7, True, 0.6)]
+            if not mixed_group.mixed_group_(weights, outs, buffer, height, 208, blocks)[0]:
+                for weight, out in zip(weights, outs, strict=True):
+                    if isinstance(weight, int8_decode.Int8Weight):
+                        int8_decode.int8_decode_(weight, out)
+                    elif hasattr(weight, "quant_state"):
+                        nf4.nf4_dequantize(weight, out=out)
+                    else:
+                        out.copy_(weight)
+                lora_borders.lora_borders_(buffer, height, 208, blocks)
+            return (buffer,)
+
+        shapes = ((4, 208), (height - 20, 4))
+        agree(run, randn(height + 16, 224), *(randn(*shape).float() for shape in shapes))
+
+
 def int8_of_a_weight(monkeypatch):
     """Several programs; a last one that is not full; rows without 16-byte stores."""
     for rows, columns in ((100, 200), (16, 65)):
@@ -482,6 +518,19 @@ SCENARIOS = [
         nf4_group,
         ("_group_kernel",),
         ("nf4_group nested", "nf4_group plain"),
+    ),
+    Scenario(
+        weights_of_several_kinds,
+        mixed_group,
+        ("_mixed_kernel",),
+        (
+            "mixed_group nf4 nf4 int8",
+            "mixed_group nf4 nf4 plain",
+            "mixed_group nf4 int8 plain",
+            "mixed_group nf4 nf4 nf4",
+            "mixed_group int8 int8 int8",
+            "mixed_group plain plain plain",
+        ),
     ),
     Scenario(
         scales_searched,
