@@ -82,6 +82,15 @@ class ActivationRuntime:
         self._lane: CopyLane | None = None
         self._last: OffloadingStore | None = None
 
+    def follow(self, earlier: ActivationRuntime) -> None:
+        """Take over from the planner that the model had: what its steps left is still there.
+
+        An optimiser's states and the GEMMs' workspace would be counted twice otherwise, as what the
+        first step will add and as what other tensors hold.
+        """
+        self._has_run = earlier._has_run
+        self.workload = replace(self.workload, has_stepped=earlier.workload.has_stepped)
+
     def new_pass(self) -> None:
         """The next layer that asks for a store begins a forward pass."""
         self.current, self._last = None, None

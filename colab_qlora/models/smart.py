@@ -77,6 +77,7 @@ def plan_batches(
         What plans it: a fused model's layers tensor by tensor, others' as wholes, and None where
         not even that can be done.
     """
+    earlier = runtime_of(model)
     stop_planning(model)
     state = state_of(model)
     if state is None or not fused_layers(model):
@@ -88,6 +89,8 @@ def plan_batches(
     state.runtime = ActivationRuntime(
         workload_of(model), source, print_line, device, lambda: move_to_host(causal())
     )
+    if earlier is not None:
+        state.runtime.follow(earlier)
     return state.runtime
 
 

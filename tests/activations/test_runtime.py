@@ -35,7 +35,13 @@ from colab_qlora.errors import UserError  # noqa: E402
 from colab_qlora.layers.saved import KEEP_ALL  # noqa: E402
 from colab_qlora.models.adapters import set_gradient_checkpointing  # noqa: E402
 from colab_qlora.models.fuse import fuse, restore, state_of  # noqa: E402
-from colab_qlora.models.smart import resident_bytes, runtime_of, workload_of  # noqa: E402
+from colab_qlora.models.smart import (  # noqa: E402
+    plan_batches,
+    resident_bytes,
+    runtime_of,
+    stop_planning,
+    workload_of,
+)
 
 KIB = 1024
 
@@ -344,3 +350,19 @@ def test_an_optimisers_states_are_there_once_gradients_have_gone() -> None:
     more = resident_bytes(seen[2]) - resident_bytes(seen[0])
     sizes = static_bytes(seen[0].shape, seen[0].rank, seen[0].settings)
     assert more == sizes["optimizer states"] + sizes["GEMM workspace"] > 0
+
+
+def test_a_model_that_is_planned_anew_has_its_optimisers_states_already() -> None:
+    model = tiny_model("llama", torch.float32)
+    fuse(model)
+    for has_run in (False, True):
+        runtime = plan_batches(model)
+        assert isinstance(runtime, ActivationRuntime)
+        runtime.plan_of(BatchKind(1, 64))
+        # the first planner's first pass comes before any step, the second's after one
+        assert runtime.workload.has_stepped is has_run
+    stop_planning(model)
+    runtime = plan_batches(model)
+    assert isinstance(runtime, ActivationRuntime)
+    runtime.plan_of(BatchKind(1, 64, has_gradients=True))
+    assert not runtime.workload.has_stepped
