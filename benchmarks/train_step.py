@@ -3,12 +3,12 @@
     python -m benchmarks.train_step MODEL [--shapes 2x2048,1x8192] [--t4] [--lean] [--profile]
     python -m benchmarks.train_step --dry
 
-MODEL is a folder that `benchmarks.random_model` wrote, or any other Llama. Each implementation has
-a process of its own: stock transformers with PEFT and bitsandbytes (hf, hf_nockpt), the same with
-Liger (hf_liger), Unsloth (unsloth, unsloth_nockpt), and the kit with only the layers' inputs kept
-(ours), planned for what is free or for `--budget-gib` (ours_smart), with all kept (ours_nockpt),
-and that with dynamic quantisation at +10 % (ours_dynamic; where it is named). `--dry` runs a tiny
-random model in this process, on a CPU if there is no GPU, to prove the script.
+MODEL is a folder that `benchmarks.random_model` wrote, or another checkpoint. Each implementation
+has a process of its own: stock transformers with PEFT and bitsandbytes (hf, hf_nockpt), the same
+with Liger (hf_liger), Unsloth (unsloth, unsloth_nockpt), and the kit with only the layers' inputs
+kept (ours), planned for what is free or for `--budget-gib` (ours_smart), with all kept
+(ours_nockpt), and that with dynamic quantisation at +10 % (ours_dynamic; where it is named).
+`--dry` runs a tiny random model in this process, on a CPU if there is no GPU, to prove the script.
 """
 
 from __future__ import annotations
