@@ -85,6 +85,7 @@ class Timer:
         self.device = device
         self.is_gpu = device.type == "cuda"
         self._flush = None
+        self._copies: dict[int, float] = {}
         if self.is_gpu:
             self._flush = torch.empty(FLUSH_BYTES, dtype=torch.uint8, device=device)
 
@@ -113,9 +114,15 @@ class Timer:
     def copy_gb_s(self) -> float:
         """GB/s of a large copy on the device, read and written bytes counted."""
         size = COPY_BYTES if self.is_gpu else COPY_BYTES_ON_CPU
-        source = torch.ones(size, dtype=torch.uint8, device=self.device)
-        target = torch.empty_like(source)
-        return 2 * size / self.time(lambda: target.copy_(source)).ms / 1e6
+        return 2 * size / self.copy_ms(2 * size) / 1e6
+
+    def copy_ms(self, bytes_moved: int) -> float:
+        """Milliseconds of a copy on the device that moves so many bytes, half of them read."""
+        if bytes_moved not in self._copies:
+            source = torch.ones(bytes_moved // 2, dtype=torch.uint8, device=self.device)
+            target = torch.empty_like(source)
+            self._copies[bytes_moved] = self.time(lambda: target.copy_(source)).ms
+        return self._copies[bytes_moved]
 
     def _event_ms(self, function: Callable[[], Any], sleep_ms: float) -> float:
         assert self._flush is not None

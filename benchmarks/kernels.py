@@ -6,8 +6,9 @@
 Needs a CUDA GPU; `--dry` runs all of it at tiny sizes on the CPU, Triton off and without peers, to
 prove the script. Ours, torch and bitsandbytes run in one process, and each peer that is installed
 in one of its own (Unsloth patches transformers when it is imported). GB/s come from the bytes that
-the op's module states, the share is that of a large copy on the same GPU, and errors are relative
-to float64 (`kernel_case.py`).
+the op's module states, the shares are of the rate of a copy of 1 GiB and of one that moves as many
+bytes as the op (a small one never comes near the large one's rate), and errors are relative to
+float64 (`kernel_case.py`).
 """
 
 from __future__ import annotations
@@ -132,7 +133,10 @@ def _measure_side(
             own = [name for name in case.sides if name not in PEERS]
             sides = own if side == "here" else [name for name in case.sides if name == side]
             if sides and case.op.startswith(prefixes):
-                take(measure(case, sides, timer, dtype))
+                row = measure(case, sides, timer, dtype)
+                if side == "here" and row["bytes_moved"]:
+                    row["equal_copy_ms"] = timer.copy_ms(row["bytes_moved"])
+                take(row)
         if side == "here" and "adamw".startswith(prefixes):
             for row in measure_optimizers(timer, is_dry=options.dry):
                 take(row)
@@ -191,8 +195,8 @@ def _text(rows: list[dict[str, Any]], problems: dict[str, str]) -> str:
 def _case_table(
     cases: list[dict[str, Any]], copy_gb_s: float | None, problems: dict[str, str]
 ) -> str:
-    head = ["op", "size", "dtype", "ours ms", "GB/s", "of copy", "TFLOP/s"]
-    head += ["torch ms", "liger ms", "unsloth ms", "error", "torch's", "others"]
+    head = ["op", "size", "dtype", "ours ms", "GB/s", "of copy", "of equal copy"]
+    head += ["TFLOP/s", "torch ms", "liger ms", "unsloth ms", "error", "torch's", "others"]
     rows = [_cells(row, copy_gb_s, problems) for row in cases]
     return format_table(head, rows, left=("size", "dtype", "others"))
 
@@ -213,6 +217,7 @@ def _cells(row: dict[str, Any], copy_gb_s: float | None, problems: dict[str, str
         _ms(ours),
         number(speed),
         share,
+        f"{row['equal_copy_ms'] / ms:.0%}" if ms and "equal_copy_ms" in row else "-",
         number(rate),
         _ms(sides.get("torch")),
         *(_ms(sides.get(peer), problems.get(peer, "")) for peer in PEERS),

@@ -72,11 +72,13 @@ def test_every_op_is_timed_and_compared(results: dict[str, Any]) -> None:
         *("swiglu forward", "swiglu backward", "swiglu backward + product"),
         *("swiglu backward + lora", "copy rows", "rope", "qkv gradients"),
         *("nf4 decode", "lora borders", "nf4 decode + lora borders", "linear_cross_entropy"),
+        *("int8 nf4 decode + lora borders", "16 bit int8 nf4 decode + lora borders"),
         *("attention forward", "attention backward"),
     }
     for row in result["rows"]:
         assert "ours" in row["sides"]
         assert row["bytes_moved"] or row["operations"]
+        assert ("equal_copy_ms" in row) == bool(row["bytes_moved"])
         for name, side in row["sides"].items():
             assert "failed" not in side, (row["op"], name, side)
             # bfloat16 has an eps of 0.0078; a wrong result is off by about 1
