@@ -8,6 +8,7 @@ transformers calls it: causal where rows are dense, with a mask where documents 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
 
 import torch
 from torch import Tensor
@@ -24,10 +25,16 @@ from colab_qlora.kernels.attention import (
 from colab_qlora.kernels.attention_choice import enabled_backends
 from colab_qlora.kernels.backend import HAS_TRITON, compute_capability, has_tensor_core_dot
 
-HEADS, KV_HEADS, HEAD_DIM = 32, 8, 128  # Llama 3 8B
-DENSE = ((2, 2048), (1, 8192))
+LLAMA, SMALL, GEMMA = (32, 8, 128), (32, 8, 64), (16, 8, 256)  # 3 8B, 3.2 1B, 2 9B
+# the third is a length that cuDNN does not take
+DENSE = (
+    *((2, 2048, LLAMA), (1, 8192, LLAMA), (2, 2080, LLAMA)),
+    *((2, 2048, SMALL), (2, 2048, GEMMA)),
+)
+CAP = 50.0  # Gemma 2's
 DOCUMENTS = (2601, 1733, 1201, 977, 701, 499, 307, 173)  # 8192 tokens
-DENSE_DRY = ((2, 16),)
+HEADS_DRY = (4, 2, 16)
+DENSE_DRY = ((2, 16, HEADS_DRY),)
 DOCUMENTS_DRY = (20, 14, 10, 8, 5, 4, 2, 1)
 
 Attend = Callable[[Tensor, Tensor, Tensor, AttentionShape], Tensor]
@@ -35,11 +42,12 @@ Attend = Callable[[Tensor, Tensor, Tensor, AttentionShape], Tensor]
 
 def cases(device: torch.device, dtype: torch.dtype, *, is_dry: bool) -> list[Case]:
     """All of this file; which kernels there are depends on device and dtype."""
-    heads = (4, 2, 16) if is_dry else (HEADS, KV_HEADS, HEAD_DIM)
+    heads = HEADS_DRY if is_dry else LLAMA
     shapes = [
-        AttentionShape(*lead, *heads, scale=heads[2] ** -0.5)
-        for lead in (DENSE_DRY if is_dry else DENSE)
+        AttentionShape(rows, length, *dense, scale=dense[2] ** -0.5)
+        for rows, length, dense in (DENSE_DRY if is_dry else DENSE)
     ]
+    shapes.append(replace(shapes[-1], cap=CAP))
     lengths = DOCUMENTS_DRY if is_dry else DOCUMENTS
     shapes.append(_packed(lengths, heads, device))
     found = []
@@ -81,6 +89,7 @@ def _sizes(shape: AttentionShape) -> tuple[str, int]:
     """The size as text, and the query-key pairs that are seen."""
     lengths = [end - start for start, end in _documents(shape)]
     kind = f"{len(lengths)} packed" if shape.packed else "dense"
+    kind += "" if shape.cap is None else ", capped"
     heads = f"{shape.q_heads}/{shape.kv_heads}x{shape.head_dim}"
     return f"{shape.batch}x{shape.seq_length} {heads} {kind}", sum(n * n for n in lengths) // 2
 
@@ -164,6 +173,8 @@ def _backward(shape: AttentionShape, names: Sequence[str]) -> Case:
 def _torch(q: Tensor, k: Tensor, v: Tensor, shape: AttentionShape) -> Tensor:
     lead = (shape.batch, shape.seq_length)
     q, k, v = (x.unflatten(0, lead).transpose(1, 2) for x in (q, k, v))
+    if shape.cap is not None:
+        return _eager(q, k, v, shape).transpose(1, 2).flatten(0, 1)
     mask = None
     if shape.packed:
         # transformers repeats keys and values where it passes a mask
@@ -173,6 +184,16 @@ def _torch(q: Tensor, k: Tensor, v: Tensor, shape: AttentionShape) -> Tensor:
         q, k, v, mask, is_causal=mask is None, scale=shape.scale, enable_gqa=mask is None
     )
     return o.transpose(1, 2).flatten(0, 1)
+
+
+def _eager(q: Tensor, k: Tensor, v: Tensor, shape: AttentionShape) -> Tensor:
+    """As transformers computes Gemma 2: no kernel of torch's bounds scores."""
+    assert shape.cap is not None
+    k, v = (x.repeat_interleave(shape.group, dim=1) for x in (k, v))
+    scores = torch.tanh(q @ k.transpose(-1, -2) * (shape.scale / shape.cap)) * shape.cap
+    hidden = torch.ones(scores.shape[-2:], dtype=torch.bool, device=q.device).triu_(1)
+    weights = scores.masked_fill(hidden, -torch.inf).softmax(-1, dtype=torch.float32)
+    return weights.to(q.dtype) @ v
 
 
 def _torch_by_document(q: Tensor, k: Tensor, v: Tensor, shape: AttentionShape) -> Tensor:
@@ -204,6 +225,8 @@ def _true_attention(
             parts = [x[at].double() for x, at in zip((q, k, v), places, strict=True)]
             parts = [part.requires_grad_(do is not None) for part in parts]
             scores = torch.einsum("igd,jd->gij", parts[0], parts[1]) * shape.scale
+            if shape.cap is not None:
+                scores = torch.tanh(scores / shape.cap) * shape.cap
             weights = scores.masked_fill(hidden, -torch.inf).softmax(-1)
             o = torch.einsum("gij,jd->igd", weights, parts[2])
             found[0][places[0]] = o.detach()

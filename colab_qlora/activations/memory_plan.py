@@ -141,17 +141,27 @@ class Workload:
     def batch_on(self, profile: GpuProfile) -> Batch:
         is_hopper = profile.capability >= (9, 0)
         workspace = GEMM_WORKSPACE_BYTES if is_hopper else GEMM_WORKSPACE_BYTES_BEFORE_HOPPER
-        packed = {"efficient": "efficient_varlen", "cpu_flash": "cpu_flash", "math": "math"}
-        # no other kernel bounds scores
-        attention = "math" if self.shape.has_score_cap else profile.attention
-        if self.document_tokens is not None:
-            attention = packed.get(attention, "triton")
+        attention = self._attention_on(profile)
         if attention == "cpu_flash":
             workspace = 0
         settings = replace(self.settings, attention=attention, gemm_workspace_bytes=workspace)
         length = min(self.document_tokens or self.seq_length, self.seq_length)
         labelled = max(self.tokens - self.batch_size, 0)
         return Batch(self.shape, self.rank, self.tokens, length, profile, settings, labelled)
+
+    def _attention_on(self, profile: GpuProfile) -> str:
+        """The kernel that `kernels/attention_choice.py` will take."""
+        packed = {"efficient": "efficient_varlen", "cpu_flash": "cpu_flash", "math": "math"}
+        if self.shape.has_score_cap:
+            # Triton's kernel bounds scores too, in half precision, but knows no window
+            has_flash = profile.attention == "cudnn" or profile.attention.startswith("flash")
+            length = min(self.document_tokens or self.seq_length, self.seq_length)
+            is_global = length <= (self.shape.local_window or length)
+            is_fast = has_flash and is_global and self.settings.itemsize == 2
+            return "triton" if is_fast else "math"
+        if self.document_tokens is not None:
+            return packed.get(profile.attention, "triton")
+        return profile.attention
 
 
 @dataclass(frozen=True)

@@ -53,6 +53,7 @@ class ModelShape:
         rotations: tables of positions, one for each kind of layer (Gemma 3 has two).
         has_branch_norms: what attention and MLP compute is normed before it is added (Gemma 2, 3).
         has_score_cap: attention scores are bounded by a tanh (Gemma 2).
+        local_window: reach of every other layer's attention, in tokens, where scores are bounded.
     """
 
     layers: int
@@ -73,6 +74,7 @@ class ModelShape:
     rotations: int = 1
     has_branch_norms: bool = False
     has_score_cap: bool = False
+    local_window: int | None = None
 
     @property
     def groups(self) -> dict[str, tuple[str, ...]]:
@@ -157,6 +159,7 @@ def shape_of(config: Any) -> ModelShape:
         rotations=len(set(config.layer_types)) if family == "gemma3_text" else 1,
         has_branch_norms=family in ("gemma2", "gemma3_text"),
         has_score_cap=family == "gemma2" and config.attn_logit_softcapping is not None,
+        local_window=config.sliding_window if family == "gemma2" else None,
     )
 
 

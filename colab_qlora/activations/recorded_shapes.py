@@ -10,7 +10,12 @@ import re
 from colab_qlora.activations.model_shape import ModelShape
 
 _LLAMA_VOCAB, _QWEN_VOCAB, _GEMMA_2_VOCAB = 128_256, 151_936, 256_000
-_GEMMA_2 = {"is_tied": True, "has_branch_norms": True, "has_score_cap": True}
+_GEMMA_2 = {
+    "is_tied": True,
+    "has_branch_norms": True,
+    "has_score_cap": True,
+    "local_window": 4096,
+}
 
 RECORDED_SHAPES = {
     "smollm2-135m": ModelShape(30, 576, 1536, 9, 3, 64, 49_152, is_tied=True),

@@ -32,8 +32,9 @@ OFFLOAD_LAUNCHES = 0.4
 HOST_GATHER_BYTES_PER_S = 4e9
 # backward of attention: five products of the forward's size in place of two
 ATTENTION_BACKWARD = 2.5
-# an assumption, not measured: bounded scores are float32 products outside the tensor cores
-CAPPED_ATTENTION = 6.0
+# assumptions, not measured: bounded scores are float32 products outside the tensor cores, or a tanh
+# for each score in Triton's kernel
+CAPPED_ATTENTION = {"math": 6.0, "triton": 2.0}
 
 
 @dataclass(frozen=True)
@@ -159,7 +160,7 @@ class Batch:
 
     @property
     def _attention_slowdown(self) -> float:
-        return CAPPED_ATTENTION if self.shape.has_score_cap else 1.0
+        return CAPPED_ATTENTION[self.settings.attention] if self.shape.has_score_cap else 1.0
 
     @property
     def _row(self) -> int:

@@ -113,6 +113,7 @@ def _triton_options(q: Tensor, shape: AttentionShape) -> dict[str, Any]:
         "cu_seqlens": shape.boundaries(q.device),
         "max_seqlen": shape.longest,
         "causal": shape.causal,
+        "cap": shape.cap,
     }
 
 

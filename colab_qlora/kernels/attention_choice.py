@@ -22,8 +22,8 @@ Capability = tuple[int, int]
 # Fastest first. Measured on an H100: cuDNN takes 20.8 ms for 32 layers of 2 x 2048 tokens, 32 heads
 # of 128 over 8, forward and backward. The other places are torch's own order, which prefers cuDNN
 # on sm_90 and sm_100 alone; benchmarks/kernels can check them.
-DENSE_ORDER = ("flash", "cudnn", "efficient", "math")
-_CUDNN_FIRST = ("cudnn", "flash", "efficient", "math")
+DENSE_ORDER = ("flash", "cudnn", "efficient", "triton", "math")
+_CUDNN_FIRST = ("cudnn", "flash", "efficient", "triton", "math")
 DENSE_ORDER_OF_MAJOR = {9: _CUDNN_FIRST, 10: _CUDNN_FIRST}
 # Packed, by reasoning and not by timing: the Triton kernel writes into the caller's buffers and
 # sums the gradients of a shared head without expanding them; below sm_80 one launch comes before
@@ -37,7 +37,7 @@ FEATURES = {
     "cudnn": frozenset[str](),
     "flash": frozenset({"window"}),
     "flash_varlen": frozenset({"window", "packed"}),
-    "triton": frozenset({"packed"}),
+    "triton": frozenset({"packed", "cap"}),
     "efficient_varlen": frozenset({"packed"}),
     "efficient": frozenset({"mask", "window", "packed"}),
     "cpu_flash": frozenset({"mask", "window", "packed"}),

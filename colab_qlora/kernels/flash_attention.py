@@ -2,9 +2,10 @@
 
     S = scale * q k^T,  lse = log sum exp S,  o = exp(S - lse) v
 
-A program holds a block of one query head's rows and walks over the keys of their document, with the
-running maximum, sum and output of the softmax in registers. A document attends to itself alone; a
-dense batch is documents of equal length. Query heads share key heads as they are, unrepeated.
+With a cap (Gemma 2), S = cap * tanh(scale * q k^T / cap). A program holds a block of one query
+head's rows and walks over the keys of their document, with the running maximum, sum and output of
+the softmax in registers. A document attends to itself alone; a dense batch is documents of equal
+length. Query heads share key heads as they are, unrepeated.
 
 Bytes moved, of T tokens with H query and K key heads of d columns: 4 T d (H + K) + 4 T H in half
 precision, if each head's K and V stay in the L2 cache while its blocks of queries run; operations:
@@ -25,7 +26,7 @@ from colab_qlora.kernels.backend import tl, triton
 from colab_qlora.kernels.compile_case import CompileCase
 from colab_qlora.kernels.flash_attention_backward import flash_attention_backward
 from colab_qlora.kernels.flash_attention_parts import (
-    LOG2E,
+    bent,
     block_d,
     blocks_for,
     check_attention,
@@ -36,6 +37,7 @@ from colab_qlora.kernels.flash_attention_parts import (
     launches,
     load_rows,
     locate,
+    softmax_factors,
     store_rows,
     to_natural,
     zero_rows,
@@ -58,13 +60,15 @@ __all__ = [
 @triton.jit
 def _attend(
     output, total, peak, q, k_base, v_base, k_token, v_token, first, low, high, length, scale_log2,
-    CAUSAL: tl.constexpr, MASKED: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
-    HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr,
+    bend, CAUSAL: tl.constexpr, CAPPED: tl.constexpr, MASKED: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
     """Add the keys low..high to the softmax; `peak` is the largest score so far, in base 2."""
     for start in range(low, high, BLOCK_N):
         k = load_rows(k_base, k_token, start, length, MASKED, BLOCK_N, HEAD_DIM, BLOCK_D)
         scores = tl.dot(q, tl.trans(k), input_precision="ieee")  # [BLOCK_M, BLOCK_N]
+        if CAPPED:
+            scores, _ = bent(scores, bend)
         if MASKED:
             seen = is_seen(start, first, length, CAUSAL, BLOCK_M, BLOCK_N)
             scores = tl.where(seen, scores, float("-inf"))
@@ -94,8 +98,8 @@ def _zero_padding(
 def _forward_kernel(
     q_ptr, k_ptr, v_ptr, o_ptr, lse_ptr, cu_ptr,
     q_token, q_head, k_token, k_head, v_token, v_head, o_token, o_head,
-    tokens, documents, blocks, scale_log2,
-    HEADS: tl.constexpr, GROUP: tl.constexpr, CAUSAL: tl.constexpr,
+    tokens, documents, blocks, scale_log2, bend,
+    HEADS: tl.constexpr, GROUP: tl.constexpr, CAUSAL: tl.constexpr, CAPPED: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
     document, block, head, begin = locate(cu_ptr, blocks, HEADS)
@@ -120,11 +124,11 @@ def _forward_kernel(
     full, end = key_range(first, length, CAUSAL, BLOCK_M, BLOCK_N)
     output, total, peak = _attend(
         output, total, peak, q, k_ptr, v_ptr, k_token, v_token, first, 0, full, length,
-        scale_log2, CAUSAL, False, BLOCK_M, BLOCK_N, HEAD_DIM, BLOCK_D,
+        scale_log2, bend, CAUSAL, CAPPED, False, BLOCK_M, BLOCK_N, HEAD_DIM, BLOCK_D,
     )  # fmt: skip
     output, total, peak = _attend(
         output, total, peak, q, k_ptr, v_ptr, k_token, v_token, first, full, end, length,
-        scale_log2, CAUSAL, True, BLOCK_M, BLOCK_N, HEAD_DIM, BLOCK_D,
+        scale_log2, bend, CAUSAL, CAPPED, True, BLOCK_M, BLOCK_N, HEAD_DIM, BLOCK_D,
     )  # fmt: skip
     output = output / total[:, None]
     store_rows(output, o_ptr + begin * o_token, o_token, first, length, BLOCK_M, HEAD_DIM, BLOCK_D)
@@ -141,6 +145,7 @@ def flash_attention_forward(
     cu_seqlens: torch.Tensor,
     max_seqlen: int,
     causal: bool = True,
+    cap: float | None = None,
     out: torch.Tensor | None = None,
     blocks: tuple[int, int] | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
@@ -157,6 +162,7 @@ def flash_attention_forward(
             starts, and where the last ends. Its numbers are not checked, to not wait for the GPU.
         max_seqlen: tokens of the longest document, or more; later rows would not be computed.
         causal: a token sees those before it and itself; otherwise all of its document.
+        cap: scores s become cap * tanh(s / cap), as in Gemma 2; None: as they are.
         out: where o goes: as q, with strides of its own, overlapping no input.
         blocks: rows of q and rows of k that a program handles at once, for tests.
 
@@ -169,20 +175,29 @@ def flash_attention_forward(
     """
     options: dict[str, Any] = {"scale": scale, "cu_seqlens": cu_seqlens, "max_seqlen": max_seqlen}
     if not launches(q):
-        return attention_reference(q, k, v, causal=causal, out=out, **options)
-    check_attention(q, k, v, scale, cu_seqlens, {"out": out}, {})
+        return attention_reference(q, k, v, causal=causal, cap=cap, out=out, **options)
+    check_attention(q, k, v, scale, cu_seqlens, {"out": out}, {}, cap)
     tokens, heads, width = q.shape
     o = q.new_empty(q.shape) if out is None else out
     lse = torch.empty((heads, tokens), dtype=torch.float32, device=q.device)
     if not tokens:
         return o, lse
-    queries, keys, warps, stages = blocks_for("forward", q, blocks)
+    queries, keys, warps, stages = blocks_for("forward", q, blocks, is_capped=cap is not None)
     documents, count = cu_seqlens.numel() - 1, max(1, triton.cdiv(max_seqlen, queries))
     _forward_kernel[(heads * (documents * count + 1),)](
         *(q, k, v, o, lse, cu_seqlens.contiguous()),
         *(*q.stride()[:2], *k.stride()[:2], *v.stride()[:2], *o.stride()[:2]),
-        *(tokens, documents, count, scale * LOG2E),
-        *(heads, heads // k.shape[1], causal, queries, keys, width, block_d(width)),
+        *(tokens, documents, count, *softmax_factors(scale, cap)),
+        *(
+            heads,
+            heads // k.shape[1],
+            causal,
+            cap is not None,
+            queries,
+            keys,
+            width,
+            block_d(width),
+        ),
         num_warps=warps,
         num_stages=stages,
     )
@@ -212,6 +227,7 @@ def flash_attention(
     cu_seqlens: torch.Tensor | None = None,
     max_seqlen: int | None = None,
     causal: bool = True,
+    cap: float | None = None,
 ) -> torch.Tensor:
     """Attention within documents, with gradients for q, k and v, once differentiable.
 
@@ -223,6 +239,7 @@ def flash_attention(
         cu_seqlens: all tokens are one document if None.
         max_seqlen: read from `cu_seqlens` if None, for which a GPU has to be waited for.
         causal: as there.
+        cap: as there.
 
     Returns:
         o, (tokens, q_heads, head_dim), contiguous.
@@ -246,6 +263,7 @@ def flash_attention(
         "cu_seqlens": cu_seqlens,
         "max_seqlen": max_seqlen,
         "causal": causal,
+        "cap": cap,
     }
     return _FlashAttention.apply(q, k, v, options)
 
@@ -260,7 +278,8 @@ def compile_cases(capability: tuple[int, int] = (8, 6)) -> list[CompileCase]:
         blocks = choose_blocks("forward", width, torch.float16, capability)
         sizes = {"BLOCK_M": blocks.queries, "BLOCK_N": blocks.keys}
         sizes |= {"HEAD_DIM": width, "BLOCK_D": width, "HEADS": 32, "GROUP": 4}
-        for causal in (True, False):
-            name = f"flash_attention_forward {width}{' causal' if causal else ''}"
-            cases.append(compile_case(_forward_kernel, name, blocks, {**sizes, "CAUSAL": causal}))
+        for causal, capped in ((True, False), (False, False), (True, True)):
+            name = f"flash_attention_forward {width}" + " causal" * causal + " capped" * capped
+            forms = {"CAUSAL": causal, "CAPPED": capped}
+            cases.append(compile_case(_forward_kernel, name, blocks, {**sizes, **forms}))
     return cases

@@ -3,9 +3,10 @@
     P = exp(S - lse),  dP = do v^T,  dS = P * (dP - delta),  delta = rowsum(do * o)
     dv = P^T do,  dk = scale * dS^T q,  dq = scale * dS k
 
-Three kernels: delta; dk and dv, where a program holds a block of keys and walks over the queries of
-every head that shares them; dq, where it holds a block of queries and walks over the keys. All sums
-stay in registers, in float32 and in a fixed order: no atomics, so a result is the same every time.
+With a cap, dS gets the factor 1 - tanh(scale * q k^T / cap)^2. Three kernels: delta; dk and dv,
+where a program holds a block of keys and walks over the queries of every head that shares them; dq,
+where it holds a block of queries and walks over the keys. All sums stay in registers, in float32
+and in a fixed order: no atomics, so a result is the same every time.
 
 Bytes moved, of T tokens with H query and K key heads of d columns in half precision, if what is
 read again comes from the L2 cache: 4 T d H for delta, 2 T d (2 H + 4 K) and 2 T d (3 H + 2 K) for
@@ -23,8 +24,8 @@ from colab_qlora.kernels.backend import tl, triton
 from colab_qlora.kernels.compile_case import CompileCase
 from colab_qlora.kernels.flash_attention_key_value import key_value_kernel
 from colab_qlora.kernels.flash_attention_parts import (
-    LOG2E,
     Blocks,
+    bent,
     block_d,
     blocks_for,
     check_attention,
@@ -36,6 +37,7 @@ from colab_qlora.kernels.flash_attention_parts import (
     load_column,
     load_rows,
     locate,
+    softmax_factors,
     store_rows,
     to_base_2,
     zero_rows,
@@ -64,20 +66,24 @@ def _delta_kernel(
 @triton.jit
 def _add_keys(
     dq, q, do, lse, delta, k_base, v_base, k_token, v_token, first, low, high, length, scale_log2,
-    CAUSAL: tl.constexpr, MASKED: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
-    HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr,
+    bend, CAUSAL: tl.constexpr, CAPPED: tl.constexpr, MASKED: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
     """Add the keys low..high to dq; `lse` is in base 2."""
     for start in range(low, high, BLOCK_N):
         k = load_rows(k_base, k_token, start, length, MASKED, BLOCK_N, HEAD_DIM, BLOCK_D)
         v = load_rows(v_base, v_token, start, length, MASKED, BLOCK_N, HEAD_DIM, BLOCK_D)
         scores = tl.dot(q, tl.trans(k), input_precision="ieee")  # [BLOCK_M, BLOCK_N]
+        if CAPPED:
+            scores, slope = bent(scores, bend)
         d_weights = tl.dot(do, tl.trans(v), input_precision="ieee")
         weights = tl.exp2(scores * scale_log2 - lse[:, None])
         if MASKED:
             seen = is_seen(start, first, length, CAUSAL, BLOCK_M, BLOCK_N)
             weights = tl.where(seen, weights, 0.0)
         d_scores = weights * (d_weights - delta[:, None])
+        if CAPPED:
+            d_scores *= slope
         dq = tl.dot(d_scores.to(k.dtype), k, dq, input_precision="ieee")
     return dq
 
@@ -86,8 +92,8 @@ def _add_keys(
 def _query_kernel(
     do_ptr, q_ptr, k_ptr, v_ptr, lse_ptr, delta_ptr, dq_ptr, cu_ptr,
     do_token, do_head, q_token, q_head, k_token, k_head, v_token, v_head, dq_token, dq_head,
-    tokens, documents, blocks, scale, scale_log2,
-    HEADS: tl.constexpr, GROUP: tl.constexpr, CAUSAL: tl.constexpr,
+    tokens, documents, blocks, scale, scale_log2, bend,
+    HEADS: tl.constexpr, GROUP: tl.constexpr, CAUSAL: tl.constexpr, CAPPED: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
     document, block, head, begin = locate(cu_ptr, blocks, HEADS)
@@ -113,11 +119,11 @@ def _query_kernel(
     full, end = key_range(first, length, CAUSAL, BLOCK_M, BLOCK_N)
     dq = _add_keys(
         dq, q, do, lse, delta, k_ptr, v_ptr, k_token, v_token, first, 0, full, length,
-        scale_log2, CAUSAL, False, BLOCK_M, BLOCK_N, HEAD_DIM, BLOCK_D,
+        scale_log2, bend, CAUSAL, CAPPED, False, BLOCK_M, BLOCK_N, HEAD_DIM, BLOCK_D,
     )  # fmt: skip
     dq = _add_keys(
         dq, q, do, lse, delta, k_ptr, v_ptr, k_token, v_token, first, full, end, length,
-        scale_log2, CAUSAL, True, BLOCK_M, BLOCK_N, HEAD_DIM, BLOCK_D,
+        scale_log2, bend, CAUSAL, CAPPED, True, BLOCK_M, BLOCK_N, HEAD_DIM, BLOCK_D,
     )  # fmt: skip
     dq_ptr += begin * dq_token
     store_rows(dq * scale, dq_ptr, dq_token, first, length, BLOCK_M, HEAD_DIM, BLOCK_D)
@@ -135,6 +141,7 @@ def flash_attention_backward(
     cu_seqlens: torch.Tensor,
     max_seqlen: int,
     causal: bool = True,
+    cap: float | None = None,
     dq: torch.Tensor | None = None,
     dk: torch.Tensor | None = None,
     dv: torch.Tensor | None = None,
@@ -153,6 +160,7 @@ def flash_attention_backward(
         cu_seqlens: as there.
         max_seqlen: as there.
         causal: as there.
+        cap: as there.
         dq: where the gradient for q goes: as q, with strides of its own, overlapping no input.
         dk: likewise for k.
         dv: likewise for v.
@@ -169,10 +177,13 @@ def flash_attention_backward(
         "cu_seqlens": cu_seqlens,
         "max_seqlen": max_seqlen,
         "causal": causal,
+        "cap": cap,
     }
     if not launches(q):
         return attention_reference_backward(do, q, k, v, o, lse, dq=dq, dk=dk, dv=dv, **options)
-    check_attention(q, k, v, scale, cu_seqlens, {"do": do, "o": o, "dq": dq}, {"dk": dk, "dv": dv})
+    check_attention(
+        q, k, v, scale, cu_seqlens, {"do": do, "o": o, "dq": dq}, {"dk": dk, "dv": dv}, cap
+    )
     dq = q.new_empty(q.shape) if dq is None else dq
     dk = k.new_empty(k.shape) if dk is None else dk
     dv = v.new_empty(v.shape) if dv is None else dv
@@ -212,17 +223,27 @@ def _launch(
     cu_seqlens: torch.Tensor,
     max_seqlen: int,
     causal: bool,
+    cap: float | None,
 ) -> None:
     do, q, k, v, _, _ = inputs
     heads, width = outputs[0].shape[1:]
-    queries, keys, warps, stages = blocks_for(name, q, blocks)
+    queries, keys, warps, stages = blocks_for(name, q, blocks, is_capped=cap is not None)
     documents = cu_seqlens.numel() - 1
     count = max(1, triton.cdiv(max_seqlen, queries if name == "query" else keys))
     strides = [stride for x in (do, q, k, v, *outputs) for stride in x.stride()[:2]]
     kernel[(heads * (documents * count + 1),)](
         *(*inputs, *outputs, cu_seqlens, *strides),
-        *(q.shape[0], documents, count, scale, scale * LOG2E),
-        *(heads, q.shape[1] // k.shape[1], causal, queries, keys, width, block_d(width)),
+        *(q.shape[0], documents, count, scale, *softmax_factors(scale, cap)),
+        *(
+            heads,
+            q.shape[1] // k.shape[1],
+            causal,
+            cap is not None,
+            queries,
+            keys,
+            width,
+            block_d(width),
+        ),
         num_warps=warps,
         num_stages=stages,
     )
@@ -242,10 +263,12 @@ def compile_cases(capability: tuple[int, int] = (8, 6)) -> list[CompileCase]:
         )
         cases.append(case)
         for name, kernel in (("key_value", key_value_kernel), ("query", _query_kernel)):
-            blocks = choose_blocks(name, width, torch.float16, capability)
-            sizes = {**head, "BLOCK_M": blocks.queries, "BLOCK_N": blocks.keys}
-            sizes |= {"HEADS": 8 if name == "key_value" else 32, "GROUP": 4}
-            for causal in (True, False):
-                title = f"flash_attention_{name} {width}{' causal' if causal else ''}"
-                cases.append(compile_case(kernel, title, blocks, {**sizes, "CAUSAL": causal}))
+            for causal, capped in ((True, False), (False, False), (True, True)):
+                blocks = choose_blocks(name, width, torch.float16, capability, is_capped=capped)
+                sizes = {**head, "BLOCK_M": blocks.queries, "BLOCK_N": blocks.keys}
+                sizes |= {"HEADS": 8 if name == "key_value" else 32, "GROUP": 4}
+                title = f"flash_attention_{name} {width}"
+                title += " causal" * causal + " capped" * capped
+                forms = {"CAUSAL": causal, "CAPPED": capped}
+                cases.append(compile_case(kernel, title, blocks, {**sizes, **forms}))
     return cases

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 from colab_qlora.kernels.backend import tl, triton
 from colab_qlora.kernels.flash_attention_parts import (
+    bent,
     load_column,
     load_rows,
     locate,
@@ -24,7 +25,7 @@ from colab_qlora.kernels.flash_attention_parts import (
 @triton.jit
 def _add_queries(
     dk, dv, k, v, q_base, do_base, lse_base, delta_base, q_token, do_token, start, first, length,
-    scale_log2, CAUSAL: tl.constexpr, MASKED: tl.constexpr,
+    scale_log2, bend, CAUSAL: tl.constexpr, CAPPED: tl.constexpr, MASKED: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
     """Add a block of one head's queries to dk and dv; rows beyond the document add zeros."""
@@ -32,6 +33,8 @@ def _add_queries(
     queries = start + tl.arange(0, BLOCK_M)
     lse = to_base_2(load_column(lse_base, queries, length, MASKED))
     scores = tl.dot(k, tl.trans(q), input_precision="ieee")  # [BLOCK_N, BLOCK_M]
+    if CAPPED:
+        scores, slope = bent(scores, bend)
     weights = tl.exp2(scores * scale_log2 - lse[None, :])
     if MASKED and CAUSAL:
         keys = first + tl.arange(0, BLOCK_N)
@@ -41,6 +44,8 @@ def _add_queries(
     delta = load_column(delta_base, queries, length, MASKED)
     d_weights = tl.dot(v, tl.trans(do), input_precision="ieee")
     d_scores = weights * (d_weights - delta[None, :])
+    if CAPPED:
+        d_scores *= slope
     dk = tl.dot(d_scores.to(q.dtype), q, dk, input_precision="ieee")
     return dk, dv
 
@@ -48,8 +53,8 @@ def _add_queries(
 @triton.jit
 def _add_heads(
     dk, dv, k, v, q_base, do_base, lse_base, delta_base, q_token, q_head, do_token, do_head,
-    tokens, low, high, tail, count, first, length, scale_log2,
-    GROUP: tl.constexpr, CAUSAL: tl.constexpr, MASKED: tl.constexpr,
+    tokens, low, high, tail, count, first, length, scale_log2, bend,
+    GROUP: tl.constexpr, CAUSAL: tl.constexpr, CAPPED: tl.constexpr, MASKED: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
     """Add `count` blocks of queries of each head of the group: low..high, and one at `tail`.
@@ -63,7 +68,8 @@ def _add_heads(
         dk, dv = _add_queries(
             dk, dv, k, v, q_base + head * q_head, do_base + head * do_head,
             lse_base + head * tokens, delta_base + head * tokens, q_token, do_token,
-            start, first, length, scale_log2, CAUSAL, MASKED, BLOCK_M, BLOCK_N, HEAD_DIM, BLOCK_D,
+            start, first, length, scale_log2, bend, CAUSAL, CAPPED, MASKED,
+            BLOCK_M, BLOCK_N, HEAD_DIM, BLOCK_D,
         )  # fmt: skip
         is_last = index + 1 == count
         index = tl.where(is_last, 0, index + 1)
@@ -74,7 +80,8 @@ def _add_heads(
 @triton.jit
 def _add_all(
     dk, dv, k, v, q_base, do_base, lse_base, delta_base, q_token, q_head, do_token, do_head,
-    tokens, first, length, scale_log2, GROUP: tl.constexpr, CAUSAL: tl.constexpr,
+    tokens, first, length, scale_log2, bend,
+    GROUP: tl.constexpr, CAUSAL: tl.constexpr, CAPPED: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
     """Add all queries: with masks those on the diagonal and in the last block, if it is not whole,
@@ -87,15 +94,15 @@ def _add_all(
     )
     dk, dv = _add_heads(
         dk, dv, k, v, q_base, do_base, lse_base, delta_base, q_token, q_head, do_token, do_head,
-        tokens, diagonal, below, whole_end, count, first, length, scale_log2,
-        GROUP, CAUSAL, True, BLOCK_M, BLOCK_N, HEAD_DIM, BLOCK_D,
+        tokens, diagonal, below, whole_end, count, first, length, scale_log2, bend,
+        GROUP, CAUSAL, CAPPED, True, BLOCK_M, BLOCK_N, HEAD_DIM, BLOCK_D,
     )  # fmt: skip
     if CAUSAL:
         count = tl.maximum(whole_end - below, 0) // BLOCK_M
         dk, dv = _add_heads(
             dk, dv, k, v, q_base, do_base, lse_base, delta_base, q_token, q_head, do_token, do_head,
-            tokens, below, whole_end, whole_end, count, first, length, scale_log2,
-            GROUP, CAUSAL, False, BLOCK_M, BLOCK_N, HEAD_DIM, BLOCK_D,
+            tokens, below, whole_end, whole_end, count, first, length, scale_log2, bend,
+            GROUP, CAUSAL, CAPPED, False, BLOCK_M, BLOCK_N, HEAD_DIM, BLOCK_D,
         )  # fmt: skip
     return dk, dv
 
@@ -104,8 +111,8 @@ def _add_all(
 def key_value_kernel(
     do_ptr, q_ptr, k_ptr, v_ptr, lse_ptr, delta_ptr, dk_ptr, dv_ptr, cu_ptr,
     do_token, do_head, q_token, q_head, k_token, k_head, v_token, v_head,
-    dk_token, dk_head, dv_token, dv_head, tokens, documents, blocks, scale, scale_log2,
-    HEADS: tl.constexpr, GROUP: tl.constexpr, CAUSAL: tl.constexpr,
+    dk_token, dk_head, dv_token, dv_head, tokens, documents, blocks, scale, scale_log2, bend,
+    HEADS: tl.constexpr, GROUP: tl.constexpr, CAUSAL: tl.constexpr, CAPPED: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
     """dk and dv of a block of keys; HEADS counts the key heads."""
@@ -133,7 +140,8 @@ def key_value_kernel(
         dk, dv, k, v, q_ptr + head * q_head + begin * q_token,
         do_ptr + head * do_head + begin * do_token, lse_ptr + head * tokens + begin,
         delta_ptr + head * tokens + begin, q_token, q_head, do_token, do_head,
-        tokens, first, length, scale_log2, GROUP, CAUSAL, BLOCK_M, BLOCK_N, HEAD_DIM, BLOCK_D,
+        tokens, first, length, scale_log2, bend,
+        GROUP, CAUSAL, CAPPED, BLOCK_M, BLOCK_N, HEAD_DIM, BLOCK_D,
     )  # fmt: skip
     dk_ptr += begin * dk_token
     dv_ptr += begin * dv_token

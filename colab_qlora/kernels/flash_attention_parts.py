@@ -72,7 +72,12 @@ _FLOAT32 = {64: Blocks(32, 32, 4, 1), 128: Blocks(16, 16, 4, 1), 256: Blocks(16,
 
 
 def choose_blocks(
-    kernel: str, head_dim: int, dtype: torch.dtype, capability: tuple[int, int]
+    kernel: str,
+    head_dim: int,
+    dtype: torch.dtype,
+    capability: tuple[int, int],
+    *,
+    is_capped: bool = False,
 ) -> Blocks:
     """The launch of "forward", "key_value" or "query" for a head size on a GPU."""
     row = max(64, block_d(head_dim))
@@ -80,20 +85,30 @@ def choose_blocks(
         return _FLOAT32[row]
     if capability[0] in (9, 10):
         return _SM_90[kernel][row]
-    return (_SM_80 if capability in ((8, 0), (8, 7)) else _SMALL)[kernel][row]
+    # the slopes of bounded scores are one more tile in registers: with 4 warps, up to 420 bytes a
+    # thread would be spilled at 128
+    has_room = capability in ((8, 0), (8, 7)) and (kernel == "forward" or not is_capped)
+    return (_SM_80 if has_room else _SMALL)[kernel][row]
 
 
-def blocks_for(kernel: str, q: torch.Tensor, blocks: tuple[int, int] | None) -> Blocks:
+def blocks_for(
+    kernel: str, q: torch.Tensor, blocks: tuple[int, int] | None, *, is_capped: bool
+) -> Blocks:
     """`choose_blocks` for the GPU of `q`, with (queries, keys) replaced by `blocks`, for tests."""
     index = q.device.index or 0
     capability = compute_capability(index) if q.is_cuda else (8, 6)
-    chosen = choose_blocks(kernel, q.shape[-1], q.dtype, capability)
+    chosen = choose_blocks(kernel, q.shape[-1], q.dtype, capability, is_capped=is_capped)
     return chosen if blocks is None else chosen._replace(queries=blocks[0], keys=blocks[1])
 
 
 def block_d(head_dim: int) -> int:
     """Columns of a tile: head_dim padded to a power of 2."""
     return max(MIN_BLOCK_D, triton.next_power_of_2(head_dim))
+
+
+def softmax_factors(scale: float, cap: float | None) -> tuple[float, float]:
+    """What turns q k^T, bent if there is a cap, into scores in base 2; and what bends it."""
+    return (scale * LOG2E, 1.0) if cap is None else (cap * LOG2E, scale / cap)
 
 
 def launches(q: torch.Tensor) -> bool:
@@ -130,6 +145,19 @@ def is_seen(
     """Of the queries first.. and the keys start.., who sees whom: [BLOCK_M or 1, BLOCK_N]."""
     keys = (start + tl.arange(0, BLOCK_N))[None, :]
     return keys <= (first + tl.arange(0, BLOCK_M))[:, None] if CAUSAL else keys < length
+
+
+@triton.jit
+def bent(scores, bend):
+    """t = tanh(bend * scores), 6e-8 from exact, and its slope 1 - t^2.
+
+    cap * LOG2E times t are bounded scores in base 2. The slope comes from the exponential: where t
+    is nearly 1, 1 - t^2 would be left with few of its digits.
+    """
+    shrunk = tl.exp2(tl.abs(scores) * (bend * -2.8853900817779268))
+    share = 1.0 / (1.0 + shrunk)
+    size = (1.0 - shrunk) * share
+    return tl.where(scores < 0.0, -size, size), 4.0 * shrunk * share * share
 
 
 @triton.jit
@@ -207,6 +235,7 @@ def check_attention(
     cu_seqlens: torch.Tensor,
     like_q: Mapping[str, torch.Tensor | None],
     like_k: Mapping[str, torch.Tensor | None],
+    cap: float | None = None,
 ) -> None:
     """Raise UserError unless q, k, v and the further tensors, by name, fit each other."""
     if q.dim() != 3 or q.dtype not in _DTYPES or not q.shape[1] or not q.shape[2]:
@@ -226,6 +255,8 @@ def check_attention(
         raise _misfit("cu_seqlens", cu_seqlens, f"on {q.device}")
     if not scale > 0:
         raise UserError("scale is not positive", got=scale, allowed="such as head_dim ** -0.5")
+    if cap is not None and not cap > 0:
+        raise UserError("cap is not positive", got=cap, allowed="None, or above 0")
 
 
 def _check_tensor(name: str, x: torch.Tensor, q: torch.Tensor, shape: tuple[int, ...]) -> None:
@@ -248,7 +279,7 @@ def compile_case(kernel: Any, name: str, blocks: Blocks, constexprs: dict[str, A
     for argument in kernel.arg_names:
         if argument not in constexprs:
             kind = HALF if argument.endswith("_ptr") else "i32"
-            kind = "fp32" if argument.startswith("scale") else kind
+            kind = "fp32" if argument.startswith(("scale", "bend")) else kind
             signature[argument] = types.get(argument, kind)
     divisible = tuple(name for name in signature if name.endswith(("_ptr", "_token", "_head")))
     warps, stages = blocks.num_warps, blocks.num_stages

@@ -3,8 +3,9 @@
     S = scale * q k^T,  lse = log sum exp S,  P = exp(S - lse),  o = P v
     dv = P^T do,  dS = P * (do v^T - rowsum(do * o)),  dq = scale * dS k,  dk = scale * dS^T q
 
-Scores are computed in float32 (float64 for float64) a few rows of a document at a time, of a causal
-one only the columns up to the last of these rows. K and V are not repeated for grouped queries: the
+With a cap, S = cap * t where t = tanh(scale * q k^T / cap), and dS gets the factor 1 - t^2. Scores
+are computed in float32 (float64 for float64) a few rows of a document at a time, of a causal one
+only the columns up to the last of these rows. K and V are not repeated for grouped queries: the
 query heads that share a key head are the rows of one matrix.
 """
 
@@ -32,10 +33,11 @@ def attention_reference(
     cu_seqlens: Tensor,
     max_seqlen: int | None = None,
     causal: bool = True,
+    cap: float | None = None,
     out: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """`flash_attention_forward` in torch; lse is float64 for float64, `max_seqlen` is not read."""
-    check_attention(q, k, v, scale, cu_seqlens, {"out": out}, {})
+    check_attention(q, k, v, scale, cu_seqlens, {"out": out}, {}, cap)
     wide = _wide(q)
     o = q.new_empty(q.shape) if out is None else out
     lse = q.new_zeros((q.shape[1], q.shape[0]), dtype=wide)
@@ -45,10 +47,11 @@ def attention_reference(
         keys, values = (_by_head(x[begin:end], wide) for x in (k, v))
         for rows, seen in _row_chunks(begin, end, causal):
             queries = _by_key_head(q[rows], keys.shape[0], wide)
-            scores = _scores(queries, keys[:, :seen], rows, begin, causal)
+            scores, factor, _ = _bounded(queries @ keys[:, :seen].mT, scale, cap)
+            _hide_later_(scores, rows, begin, causal)
             # not exp(S - lse): the rounding of a large lse would be an error of every weight
-            peak = scores.amax(-1, keepdim=True).mul_(scale)
-            weights = _exponentials(scores, scale, peak)
+            peak = scores.amax(-1, keepdim=True).mul_(factor)
+            weights = _exponentials(scores, factor, peak)
             total = weights.sum(-1, keepdim=True)
             _write(o[rows], (weights @ values[:, :seen]).div_(total))
             lse[:, rows] = total.log_().add_(peak).view(lse.shape[0], -1)
@@ -68,12 +71,15 @@ def attention_reference_backward(
     cu_seqlens: Tensor,
     max_seqlen: int | None = None,
     causal: bool = True,
+    cap: float | None = None,
     dq: Tensor | None = None,
     dk: Tensor | None = None,
     dv: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """`flash_attention_backward` in torch."""
-    check_attention(q, k, v, scale, cu_seqlens, {"do": do, "o": o, "dq": dq}, {"dk": dk, "dv": dv})
+    check_attention(
+        q, k, v, scale, cu_seqlens, {"do": do, "o": o, "dq": dq}, {"dk": dk, "dv": dv}, cap
+    )
     wide = _wide(q)
     dq, dk, dv = (
         x.new_empty(x.shape) if buffer is None else buffer
@@ -89,13 +95,16 @@ def attention_reference_backward(
             slopes, queries, outputs = (
                 _by_key_head(x[rows], keys.shape[0], wide) for x in (do, q, o)
             )
-            scores = _scores(queries, keys[:, :seen], rows, begin, causal)
+            scores, factor, steepness = _bounded(queries @ keys[:, :seen].mT, scale, cap)
+            _hide_later_(scores, rows, begin, causal)
             total = lse[:, rows].reshape(*queries.shape[:2], 1)
-            weights = _exponentials(scores, scale, total)
+            weights = _exponentials(scores, factor, total)
             dv_sum[:, :seen].baddbmm_(weights.mT, slopes)
             d_weights = slopes @ values[:, :seen].mT
             delta = outputs.mul_(slopes).sum(-1, keepdim=True)
             d_scores = d_weights.sub_(delta).mul_(weights)
+            if steepness is not None:
+                d_scores.mul_(steepness)
             dk_sum[:, :seen].baddbmm_(d_scores.mT, queries, alpha=scale)
             _write(dq[rows], (d_scores @ keys[:, :seen]).mul_(scale))
         dk[begin:end] = dk_sum.transpose(0, 1)
@@ -134,15 +143,23 @@ def _write(out: Tensor, x: Tensor) -> None:
     out.copy_(x.view(-1, rows, width).transpose(0, 1))
 
 
-def _scores(queries: Tensor, keys: Tensor, rows: slice, begin: int, causal: bool) -> Tensor:
-    """queries @ keys^T, -inf where a key comes after the query."""
-    scores = queries @ keys.mT
+def _bounded(
+    products: Tensor, scale: float, cap: float | None
+) -> tuple[Tensor, float, Tensor | None]:
+    """What times a factor are the scores, that factor, and how steep a cap leaves each of them."""
+    if cap is None:
+        return products, scale, None
+    bent = products.mul_(scale / cap).tanh_()
+    return bent, cap, 1 - bent * bent
+
+
+def _hide_later_(scores: Tensor, rows: slice, begin: int, causal: bool) -> None:
+    """-inf where a key comes after the query."""
     if causal:
         count, first = rows.stop - rows.start, rows.start - begin
-        square = scores.view(len(keys), -1, count, keys.shape[1])[..., first:]
-        later = torch.ones(count, count, dtype=torch.bool, device=queries.device).triu_(1)
+        square = scores.view(scores.shape[0], -1, count, scores.shape[2])[..., first:]
+        later = torch.ones(count, count, dtype=torch.bool, device=scores.device).triu_(1)
         square.masked_fill_(later, -torch.inf)
-    return scores
 
 
 def _exponentials(scores: Tensor, scale: float, shift: Tensor) -> Tensor:

@@ -7,12 +7,13 @@ import dataclasses
 import pytest
 import torch
 from attention_oracle import cases, differentiate, draw, make, truth
-from kernel_helpers import DEVICE, assert_as_exact_as_stock, relative_error
+from kernel_helpers import CAN_RUN_TRITON, DEVICE, assert_as_exact_as_stock, relative_error
 
 from colab_qlora.errors import UserError
 from colab_qlora.kernels import attention_math
 from colab_qlora.kernels.attention import attention_backward, attention_forward
 from colab_qlora.kernels.attention_choice import explain_attention, rank_backends
+from colab_qlora.kernels.backend import use_backend
 
 CASES = {name: dataclasses.replace(shape, cap=0.8) for name, shape in cases().items()}
 NAMES = ("o", "dq", "dk", "dv")
@@ -65,13 +66,41 @@ def test_a_cap_far_above_all_scores_changes_next_to_nothing():
 
 
 @pytest.mark.parametrize("case", ["dense", "packed"])
-@pytest.mark.parametrize("capability", [(7, 5), (8, 0), (9, 0), None])
-def test_no_other_kernel_takes_a_cap(case, capability):
+@pytest.mark.parametrize(
+    ("capability", "names"),
+    [
+        ((7, 5), ["math"]),
+        ((8, 0), ["triton", "math"]),
+        ((9, 0), ["triton", "math"]),
+        (None, ["math"]),
+    ],
+)
+def test_tritons_kernel_alone_takes_a_cap_beside_plain_products(case, capability, names):
     device = "cpu" if capability is None else "cuda"
     ranked = rank_backends(CASES[case], torch.float16, device, capability)
-    assert [choice.name for choice in ranked] == ["math"]
-    assert "takes no cap" in explain_attention(CASES[case], torch.float16, capability)
+    assert [choice.name for choice in ranked] == names
     assert "capped" in ranked[0].reason
+    if names == ["math"]:
+        assert "takes no cap" in explain_attention(CASES[case], torch.float16, capability)
+
+
+def test_no_fast_kernel_takes_a_cap_and_a_window():
+    ranked = rank_backends(CASES["packed window"], torch.float16, "cuda", (9, 0))
+    assert [choice.name for choice in ranked] == ["math"]
+
+
+@pytest.mark.skipif(not CAN_RUN_TRITON, reason="needs Triton with a GPU or the interpreter")
+@pytest.mark.parametrize("case", ["dense", "packed"])
+def test_tritons_kernel_by_the_shape(case):
+    shape = CASES[case]
+    tensors = draw(shape, torch.float16, DEVICE)
+    q, k, v, do = tensors
+    with use_backend("triton"):
+        o, lse = attention_forward(q, k, v, shape, backend="triton")
+        got = (o, *attention_backward(do, q, k, v, o, lse, shape, backend="triton"))
+    theirs, want = eager(tensors, shape), truth(tensors, shape)
+    for name, mine, other, exact in zip(NAMES, got, theirs, want, strict=True):
+        assert_as_exact_as_stock(mine, other, exact, name)
 
 
 @pytest.mark.parametrize("cap", [0.0, -1.0, float("inf"), float("nan")])

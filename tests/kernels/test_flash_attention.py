@@ -37,6 +37,7 @@ class Case(NamedTuple):
     causal: bool = True
     padding: int = 0  # tokens after the last document
     strength: float = 1.0  # factor of q; scores of 100 and more at 30
+    cap: float | None = None
     blocks: tuple[int, int] | None = None  # under the interpreter; a GPU takes its own
 
 
@@ -52,6 +53,10 @@ CASES = {
     "large scores": Case((50, 37), 2, 1, 64, strength=30.0, blocks=(32, 16)),
     "large scores, not causal": Case((50, 37), 2, 1, 64, False, strength=30.0, blocks=(32, 16)),
     "one token": Case((1,), 4, 2, 64),
+    # scores reach 3 to 4, and 30 with large ones: caps that bend them all
+    "capped": Case(PACKED, 4, 2, 64, cap=2.0, blocks=(32, 64)),
+    "capped, not causal": Case((19, 33), 2, 1, 256, False, padding=5, cap=2.0, blocks=(16, 16)),
+    "capped, 80": Case((70, 5), 3, 1, 80, cap=20.0, strength=10.0, blocks=(16, 32)),
 }
 
 
@@ -65,6 +70,7 @@ def _options(case: Case) -> dict:
         "cu_seqlens": _starts(case),
         "max_seqlen": max(case.lengths, default=0),
         "causal": case.causal,
+        "cap": case.cap,
     }
 
 
@@ -87,6 +93,8 @@ def _draw(case: Case, dtype: torch.dtype) -> tuple[torch.Tensor, ...]:
 
 def _scores(q: torch.Tensor, k: torch.Tensor, case: Case) -> torch.Tensor:
     scores = (q @ k.transpose(-1, -2)) * _options(case)["scale"]
+    if case.cap is not None:
+        scores = torch.tanh(scores / case.cap) * case.cap
     hidden = torch.ones(scores.shape[-2:], dtype=torch.bool, device=q.device).triu(1)
     return scores.masked_fill(hidden, -torch.inf) if case.causal else scores
 
@@ -96,6 +104,9 @@ def _truth(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, case: Case) -> tor
 
 
 def _stock(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, case: Case) -> torch.Tensor:
+    if case.cap is not None:
+        # as transformers' eager attention for Gemma 2
+        return _scores(q, k, case).softmax(-1, dtype=torch.float32).to(q.dtype) @ v
     options = {"is_causal": case.causal, "scale": _options(case)["scale"]}
     return F.scaled_dot_product_attention(q[None], k[None], v[None], **options)[0]
 
@@ -150,7 +161,7 @@ def test_as_exact_as_stock(name: str, backend: str, dtype: torch.dtype) -> None:
         )
 
 
-@pytest.mark.parametrize("name", ["4:1, 64", "2:1, 24", "large scores, not causal"])
+@pytest.mark.parametrize("name", ["4:1, 64", "2:1, 24", "large scores, not causal", "capped"])
 def test_reference_is_exact_in_float64(name: str) -> None:
     case = CASES[name]
     tensors = _draw(case, torch.float64)
@@ -276,7 +287,7 @@ def test_misfits_are_named(backend: str, change: dict, named: str) -> None:
 @pytest.mark.parametrize("capability", [(8, 0), (8, 6), (9, 0), (12, 0)], ids=str)
 def test_compile_cases_name_every_argument(capability: tuple[int, int]) -> None:
     cases = [*module.compile_cases(capability), *backward_module.compile_cases(capability)]
-    assert len({case.name for case in cases}) == len(cases) == 21
+    assert len({case.name for case in cases}) == len(cases) == 30
     for case in cases:
         assert case.uses_dot
         assert sorted([*case.signature, *case.constexprs]) == sorted(case.kernel.arg_names)

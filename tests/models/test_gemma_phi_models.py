@@ -132,9 +132,23 @@ def test_bounded_scores_make_a_step_longer() -> None:
         for shape in (plain, capped)
     ]
     assert seconds[0] < seconds[1]
-    assert (
-        Workload("", capped, 16, 1, 2048).batch_on(profile_named("T4")).settings.attention == "math"
-    )
+
+
+@pytest.mark.parametrize(
+    ("gpu", "length", "kernel"),
+    [("T4", 2048, "math"), ("L4", 4096, "triton"), ("H100", 4096, "triton"), ("L4", 4097, "math")],
+)
+def test_which_kernel_bounds_scores(gpu: str, length: int, kernel: str) -> None:
+    capped = recorded_shape("gemma-2-2b")
+    assert capped is not None
+    work = Workload("", capped, 16, 1, length)
+    assert work.batch_on(profile_named(gpu)).settings.attention == kernel
+    wide = replace(work, settings=replace(work.settings, itemsize=4))
+    assert wide.batch_on(profile_named(gpu)).settings.attention == "math"
+    # documents are what attends
+    packed = replace(work, document_tokens=300)
+    is_fast = gpu != "T4"
+    assert packed.batch_on(profile_named(gpu)).settings.attention == ("math", "triton")[is_fast]
 
 
 def test_tutorials_names_mean_what_the_model_has(
