@@ -78,8 +78,9 @@ class FastLanguageModel:
                 `models/peer_arguments.py`), and those of transformers' from_pretrained.
 
         Returns:
-            (model, tokenizer): a transformers model (or a PeftModel for an adapter folder),
-            tokenizer.
+            (model, tokenizer): a transformers model (or a PeftModel for an adapter folder) and its
+            tokenizer. The model, and a PeftModel made of it, has `save_pretrained_merged`,
+            `save_pretrained_gguf` and `push_to_hub*`.
 
         Raises:
             UserError: the model cannot be found, read, or used as asked; the message says what to
@@ -144,8 +145,9 @@ class FastLanguageModel:
             lora_dropout: share of the adapter's input that is dropped in training, 0 to below 1.
             bias: "none", "all" or "lora_only", as in PEFT.
             use_gradient_checkpointing: False keeps all activations, True recomputes every layer,
-                "smart" ("unsloth" is another name for it) keeps what fits, offloads what travels
-                for nothing, and recomputes the rest; see `plan_memory`.
+                "smart" ("unsloth" is another name for it) plans every batch: keeps what fits, sends
+                to the host what can travel while the GPU computes, and recomputes the rest; see
+                `plan_memory`.
             random_state: seed of the adapters' start; the global random state is left alone.
             use_fused_layers: compute decoder layers and loss by the kit's kernels where the model
                 allows it; `describe(model)` lists what was swapped, `restore(model)` undoes it.
@@ -186,7 +188,14 @@ class FastLanguageModel:
 
     @staticmethod
     def for_inference(model: Any) -> Any:
-        """Switch to generating: evaluation mode, key-value cache, no checkpointing."""
+        """Switch to generating: evaluation mode, key-value cache, no checkpointing.
+
+        Memory that only training needs is given back. On a GPU, `ask` and `stream` of
+        `generation.py` then decode by a CUDA graph where the model allows it.
+
+        Returns:
+            The same model.
+        """
         disable_checkpointing(model)
         bring_embedding_back(model)
         free_recordings(model)
@@ -195,7 +204,15 @@ class FastLanguageModel:
 
     @staticmethod
     def for_training(model: Any, use_gradient_checkpointing: bool | str | None = None) -> Any:
-        """Switch back to training, with the checkpointing that was chosen before, or another."""
+        """Switch back to training, with the checkpointing that was chosen before, or another.
+
+        Args:
+            model: what `get_peft_model` gave.
+            use_gradient_checkpointing: as in `get_peft_model`; None: as before.
+
+        Returns:
+            The same model.
+        """
         free_decoding(model)
         settings = settings_of(model)
         if use_gradient_checkpointing is not None and settings is not None:

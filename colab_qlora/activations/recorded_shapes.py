@@ -6,11 +6,12 @@ From the config.json that each model's authors publish.
 from __future__ import annotations
 
 import re
+from typing import Any
 
 from colab_qlora.activations.model_shape import ModelShape
 
 _LLAMA_VOCAB, _QWEN_VOCAB, _GEMMA_2_VOCAB = 128_256, 151_936, 256_000
-_GEMMA_2 = {
+_GEMMA_2: dict[str, Any] = {
     "is_tied": True,
     "has_branch_norms": True,
     "has_score_cap": True,
