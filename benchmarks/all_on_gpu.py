@@ -63,12 +63,17 @@ RUNS = [
         "train_step_others",
         330,
         "benchmarks.train_step {8b} --implementations hf,hf_nockpt,"
-        "hf_liger --name train_step_8b_others",
+        "hf_liger --name train_step_8b_liger",
     ),
     Run(
         "train_step_1b",
         90,
         "benchmarks.train_step {1b} --implementations unsloth,ours_nockpt --shapes 2x512",
+    ),
+    Run(
+        "train_step_1b_no_graphs",
+        60,
+        "benchmarks.train_step {1b} --implementations ours_nockpt --shapes 2x512 --no-graphs",
     ),
     Run(
         "dynamic",

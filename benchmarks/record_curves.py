@@ -1,4 +1,4 @@
-"""Record the three loss curves of data_samples/curves/ with real runs of the kit.
+"""Record three of the loss curves of data_samples/curves/ with real runs of the kit.
 
     python -m benchmarks.record_curves [NAME ...] [--model embedded]
 

@@ -68,7 +68,7 @@ def main() -> None:
 def _options() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("model", nargs="?", help="folder of a checkpoint")
-    parser.add_argument("--implementations", help="with commas between: " + ", ".join(NAMES))
+    parser.add_argument("--implementations", help="with commas between: " + ", ".join(ALL_NAMES))
     parser.add_argument("--shapes", help="rows x tokens, such as 2x2048,8x2048,1x8192")
     parser.add_argument("--dtype", choices=["bfloat16", "float16", "float32"])
     parser.add_argument("--optimizer", default="flat", choices=["flat", "bnb"], help="of ours")
