@@ -8,6 +8,8 @@ static_costs.py       bytes that do not depend on the batch: weights, adapters, 
 scratch_costs.py      bytes of the memory that all layers share
 phase_costs.py        bytes that come and go in each phase of a step, and its peak
 gpu_profile.py        rates of a GPU: recorded_profiles.py, or measure_profile.py on the GPU itself
+gpu_timer.py          seconds of calls whatever the host does; copy_rates.py: of copies
+profile_cache.py      measured rates on disk
 step_time.py          seconds of a step and its parts, from costs and rates
 plan.py, planner.py   which tensors to keep, to offload and to recompute; offload_sets.py
 step_plan.py          the plan of a step; step_search.py: by real costs and the true peak

@@ -82,7 +82,7 @@ def profile_of_this_machine(shape: ModelShape, tokens: int, seq_length: int) -> 
     """
     import torch
 
-    from colab_qlora.activations.measure_profile import cached_profile
+    from colab_qlora.activations.profile_cache import cached_profile
 
     if not torch.cuda.is_available():
         raise UserError(

@@ -166,7 +166,9 @@ def profile_for(device: torch.device, workload: Workload) -> GpuProfile:
     """Rates of the device at this workload's sizes; measured once on a GPU."""
     if device.type != "cuda":
         return CPU_PROFILE
-    return profile_of_this_machine(workload.shape, workload.tokens, workload.seq_length)
+    # the model need not be on the current device
+    with torch.cuda.device(device):
+        return profile_of_this_machine(workload.shape, workload.tokens, workload.seq_length)
 
 
 def resident_bytes(workload: Workload) -> int:
