@@ -1,4 +1,4 @@
-"""README.md says nothing that is not so: links, badges, commands and the table of notebooks."""
+"""README, docs/ and CONTRIBUTING say nothing that is not so: links, badges, commands, notebooks."""
 
 from __future__ import annotations
 
@@ -13,6 +13,7 @@ import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
 README = ROOT / "README.md"
+DOCUMENTS = [README, ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]
 NOTEBOOKS = sorted((ROOT / "notebooks").glob("*.ipynb"))
 COLAB = "https://colab.research.google.com/github/"
 # an absolute path of one machine is of no use to readers; addresses have their own slashes
@@ -21,14 +22,31 @@ MACHINE_PATH = re.compile(r"(?<![\w.:/-])/(?:home|root|tmp|work|Users|mnt|opt)/"
 pytestmark = pytest.mark.skipif(not README.is_file(), reason="there is no README.md yet")
 
 
-@pytest.fixture(scope="module")
-def text() -> str:
-    return README.read_text(encoding="utf-8")
+@pytest.fixture(scope="module", params=DOCUMENTS, ids=lambda path: path.name)
+def document(request: pytest.FixtureRequest) -> Path:
+    path: Path = request.param
+    return path
 
 
 @pytest.fixture(scope="module")
-def prose(text: str) -> str:
+def text(document: Path) -> str:
+    return document.read_text(encoding="utf-8")
+
+
+@pytest.fixture(scope="module")
+def prose(document: Path) -> str:
+    return _prose(document)
+
+
+@pytest.fixture(scope="module")
+def readme() -> str:
+    """The README's prose."""
+    return _prose(README)
+
+
+def _prose(path: Path) -> str:
     """The text without its code blocks, in which brackets and # mean something else."""
+    text = path.read_text(encoding="utf-8")
     return re.sub(r"^```.*?^```", "", text, flags=re.MULTILINE | re.DOTALL)
 
 
@@ -63,21 +81,34 @@ def _commands(text: str) -> list[str]:
     return lines + re.findall(r"`([^`\n]+)`", outside)
 
 
-def test_relative_links_and_pictures_resolve(prose: str) -> None:
+def test_relative_links_and_pictures_resolve(prose: str, document: Path) -> None:
     relative = [t for t in _links(prose) if not re.match(r"[a-z]+:|#", t)]
-    missing = [t for t in relative if not (ROOT / unquote(t.split("#")[0])).exists()]
+    folder = document.parent
+    missing = [t for t in relative if not (folder / unquote(t.split("#")[0])).exists()]
     assert missing == []
-    outside = [t for t in relative if not (ROOT / t).resolve().is_relative_to(ROOT)]
+    outside = [t for t in relative if not (folder / t).resolve().is_relative_to(ROOT)]
     assert outside == []
 
 
-def test_links_to_headings_resolve(prose: str) -> None:
-    anchors = [target[1:] for target in _links(prose) if target.startswith("#")]
-    assert [anchor for anchor in anchors if anchor not in _anchors(prose)] == []
+def test_links_to_headings_resolve(prose: str, document: Path) -> None:
+    missing = []
+    for target in _links(prose):
+        name, _, anchor = target.partition("#")
+        if not anchor or re.match(r"[a-z]+:", target):
+            continue
+        path = document.parent / name if name else document
+        if path.suffix == ".md" and anchor not in _anchors(_prose(path)):
+            missing.append(target)
+    assert missing == []
 
 
-def test_badges_open_notebooks_of_this_repository(prose: str) -> None:
-    badges = [t for t in _links(prose) if t.startswith(COLAB)]
+def test_every_document_is_linked_from_the_readme(readme: str, document: Path) -> None:
+    links = {target.split("#")[0] for target in _links(readme)}
+    assert document == README or document.relative_to(ROOT).as_posix() in links
+
+
+def test_badges_open_notebooks_of_this_repository(readme: str) -> None:
+    badges = [t for t in _links(readme) if t.startswith(COLAB)]
     assert badges, "no Open in Colab badge"
     front = COLAB + _repository().removeprefix("https://github.com/") + "/blob/main/"
     assert [t for t in badges if not t.startswith(front)] == []
@@ -161,9 +192,9 @@ def test_every_name_that_is_imported_exists(text: str) -> None:
     assert missing == []
 
 
-def test_code_blocks_in_python_compile(text: str) -> None:
+def test_code_blocks_in_python_compile(text: str, document: Path) -> None:
     for block in re.findall(r"^```python\n(.*?)^```", text, re.MULTILINE | re.DOTALL):
-        compile(block, "README.md", "exec")
+        compile(block, document.name, "exec")
 
 
 def test_no_placeholder_is_left(text: str) -> None:
@@ -177,11 +208,11 @@ def test_no_path_of_one_machine(text: str) -> None:
 
 
 @pytest.mark.parametrize("notebook", NOTEBOOKS, ids=lambda path: path.stem)
-def test_every_notebook_is_in_the_table_with_its_own_badge(prose: str, notebook: Path) -> None:
+def test_every_notebook_is_in_the_table_with_its_own_badge(readme: str, notebook: Path) -> None:
     link = f"](notebooks/{notebook.name})"
-    rows = [line for line in prose.splitlines() if line.startswith("|") and link in line]
+    rows = [line for line in readme.splitlines() if line.startswith("|") and link in line]
     assert len(rows) == 1
-    references = dict(re.findall(r"^\[([^\]]+)\]:\s*(\S+)", prose, re.MULTILINE))
+    references = dict(re.findall(r"^\[([^\]]+)\]:\s*(\S+)", readme, re.MULTILINE))
     targets = [references.get(label, "") for label in re.findall(r"\]\[([^\]]+)\]", rows[0])]
     badges = [target for target in [*targets, *_links(rows[0])] if target.startswith(COLAB)]
     assert [target.rsplit("/", 1)[1] for target in badges] == [notebook.name]
