@@ -2,14 +2,16 @@
 
     python -m benchmarks.all_on_gpu FOLDER [--minutes 30] [--only NAME,NAME] [--list]
 
-FOLDER gets the random checkpoints (24 GB, on the first run) and a log of each run; results go where
-each benchmark writes them. A run starts if the time that it took on an H200 still fits into
-`--minutes`, and is stopped when they are over. Peers take part where they are installed.
+FOLDER gets the random checkpoints (33 GB, when they are first needed), a log of each run, and the
+results, unless BENCHMARK_RESULTS names another place: copy those that shall stay. A run starts if
+the time that it took on an H200 still fits into `--minutes`, and is stopped when they are over.
+Peers take part where they are installed.
 """
 
 from __future__ import annotations
 
 import argparse
+import contextlib
 import os
 import signal
 import subprocess
@@ -17,6 +19,7 @@ import sys
 import time
 from dataclasses import dataclass
 from pathlib import Path
+from typing import IO
 
 from benchmarks.table import format_table
 
@@ -68,12 +71,13 @@ RUNS = [
     Run(
         "train_step_1b",
         90,
-        "benchmarks.train_step {1b} --implementations unsloth,ours_nockpt --shapes 2x512",
+        "benchmarks.train_step {1b} --implementations unsloth,ours_nockpt,ours_smart "
+        "--shapes 2x512,2x128",
     ),
     Run(
         "train_step_1b_no_graphs",
         60,
-        "benchmarks.train_step {1b} --implementations ours_nockpt --shapes 2x512 --no-graphs",
+        "benchmarks.train_step {1b} --implementations ours_nockpt --shapes 2x512,2x128 --no-graphs",
     ),
     Run(
         "dynamic",
@@ -83,7 +87,7 @@ RUNS = [
     ),
     Run("decoding", 130, "benchmarks.decoding {8b} --batches 1 --tokens 48"),
     Run("kernels", 130, "benchmarks.kernels"),
-    Run("packing", 70, "benchmarks.packing {8b} --implementations ours_nockpt"),
+    Run("packing", 120, "benchmarks.packing {8b} --implementations ours_nockpt,hf_nockpt"),
     Run("tutorial", 100, "benchmarks.tutorial --model {8b} --name tutorial_8b_random"),
     Run(
         "tutorial_fp16",
@@ -151,35 +155,47 @@ def _run(run: Run, folder: Path, timeout_s: float) -> list[str]:
     began = time.monotonic()
     log = folder / "logs" / f"{run.name}.txt"
     log.parent.mkdir(parents=True, exist_ok=True)
-    words = [_with_checkpoint(word, folder) for word in run.arguments.split()]
-    environment = {**os.environ, "PYTHONUNBUFFERED": "1"}
+    words = [_place(word, folder) for word in run.arguments.split()]
+    # written by a process of its own, which takes its memory along
+    commands = [
+        ["benchmarks.random_model", place, "--shape", Path(place).name]
+        for word, place in zip(run.arguments.split(), words, strict=True)
+        if word != place and not (Path(place) / "model.safetensors.index.json").is_file()
+    ]
+    came_to = ""
     with log.open("w", encoding="utf-8") as out:
-        # a group of its own: a benchmark's children end with it
-        child = subprocess.Popen(
-            [sys.executable, "-m", *words],
-            cwd=ROOT, env=environment, stdout=out, stderr=subprocess.STDOUT, start_new_session=True,
-        )  # fmt: skip
-        try:
-            code = child.wait(timeout_s)
-            came_to = f"exit code {code}" if code else "done"
-        except subprocess.TimeoutExpired:
-            os.killpg(child.pid, signal.SIGKILL)
-            child.wait()
-            came_to = f"stopped after {timeout_s:.0f} s"
+        for command in [*commands, words]:
+            came_to = _end_of(command, out, folder, timeout_s - (time.monotonic() - began))
+            if came_to != "done":
+                break
     lines = log.read_text(encoding="utf-8", errors="replace").strip().splitlines() or ["-"]
     return [run.name, came_to, f"{time.monotonic() - began:.0f}", lines[-1][:80]]
 
 
-def _with_checkpoint(word: str, folder: Path) -> str:
-    """The word, or the folder of the checkpoint that it names, written if it is not there."""
-    if not word.startswith("{"):
-        return word
-    place = folder / word.strip("{}")
-    if not (place / "model.safetensors.index.json").is_file():
-        from benchmarks.random_model import write_checkpoint
+def _end_of(words: list[str], out: IO[str], folder: Path, timeout_s: float) -> str:
+    """Run `python -m words`, and say what became of it."""
+    results = {"BENCHMARK_RESULTS": str(folder / "results"), "PYTHONUNBUFFERED": "1"}
+    # a group of its own: a benchmark's children end with it
+    child = subprocess.Popen(
+        [sys.executable, "-m", *words],
+        cwd=ROOT, env={**results, **os.environ}, stdout=out, stderr=subprocess.STDOUT,
+        start_new_session=True,
+    )  # fmt: skip
+    try:
+        code = child.wait(max(0.0, timeout_s))
+        return f"exit code {code}" if code else "done"
+    except subprocess.TimeoutExpired:
+        return f"stopped after {timeout_s:.0f} s"
+    finally:
+        # after Ctrl-C too, which a group of its own does not see
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(child.pid, signal.SIGKILL)
+        child.wait()
 
-        write_checkpoint(place, place.name)
-    return str(place)
+
+def _place(word: str, folder: Path) -> str:
+    """The word, or the folder of the checkpoint that it names."""
+    return str(folder / word.strip("{}")) if word.startswith("{") else word
 
 
 if __name__ == "__main__":

@@ -150,17 +150,15 @@ class Workload:
         return Batch(self.shape, self.rank, self.tokens, length, profile, settings, labelled)
 
     def _attention_on(self, profile: GpuProfile) -> str:
-        """The kernel that `kernels/attention_choice.py` will take."""
-        packed = {"efficient": "efficient_varlen", "cpu_flash": "cpu_flash", "math": "math"}
+        """The kernel that `kernels/attention_choice.py` will take; of two, what needs more."""
+        slow = {"efficient": "efficient_varlen", "cpu_flash": "cpu_flash", "math": "math"}
         if self.shape.has_score_cap:
-            # Triton's kernel bounds scores too, in half precision, but knows no window
-            has_flash = profile.attention == "cudnn" or profile.attention.startswith("flash")
-            length = min(self.document_tokens or self.seq_length, self.seq_length)
-            is_global = length <= (self.shape.local_window or length)
-            is_fast = has_flash and is_global and self.settings.itemsize == 2
-            return "triton" if is_fast else "math"
+            # Triton's kernel bounds scores too, but knows no window; one document may fill a row
+            is_global = self.seq_length <= (self.shape.local_window or self.seq_length)
+            can_run = profile.attention not in slow and self.settings.itemsize == 2
+            return "triton" if is_global and can_run else "math"
         if self.document_tokens is not None:
-            return packed.get(profile.attention, "triton")
+            return slow.get(profile.attention, "triton")
         return profile.attention
 
 

@@ -86,10 +86,12 @@ class ActivationRuntime:
         """Take over from the planner that the model had: what its steps left is still there.
 
         An optimiser's states and the GEMMs' workspace would be counted twice otherwise, as what the
-        first step will add and as what other tensors hold.
+        first step will add and as what other tensors hold. Other adapters have other states.
         """
-        self._has_run = earlier._has_run
-        self.workload = replace(self.workload, has_stepped=earlier.workload.has_stepped)
+        before, now = earlier.workload, self.workload
+        if (before.shape, before.rank) == (now.shape, now.rank):
+            self._has_run = earlier._has_run
+            self.workload = replace(now, has_stepped=before.has_stepped)
 
     def new_pass(self) -> None:
         """The next layer that asks for a store begins a forward pass."""

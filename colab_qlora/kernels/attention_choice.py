@@ -52,6 +52,8 @@ ALL_ENABLED = {
     "triton": True,
     "deterministic": False,
 }
+# off by 6e-5 then, a tenth of the rounding of a score of 1 in float16; models have 30 and 50
+_MOST_CAP = 1000
 _ADJECTIVES = {"mask": "masked", "packed": "packed", "window": "windowed", "cap": "capped"}
 _HALF = (torch.float16, torch.bfloat16)
 _FLOATS = (*_HALF, torch.float32, torch.float64)
@@ -218,8 +220,10 @@ def _triton_rules(call: _Call) -> Iterator[tuple[bool, str]]:
     # whoever switches flash attention off, to imitate a T4, means this one too
     yield not call.enabled["flash"], "is switched off (torch.backends.cuda.enable_flash_sdp)"
     yield from _half_rules(call)
-    head_dim = call.shape.head_dim
+    head_dim, cap = call.shape.head_dim, call.shape.cap
     yield head_dim > 256, f"takes no head_dim {head_dim} (up to 256)"
+    # its tanh is off by 6e-8, and bounded scores by that times the cap
+    yield cap is not None and cap > _MOST_CAP, f"takes no cap of {cap} (up to {_MOST_CAP})"
 
 
 def _efficient_rules(call: _Call) -> Iterator[tuple[bool, str]]:

@@ -7,6 +7,7 @@ same keys. After the last document come as many programs as there are heads, for
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from typing import Any, NamedTuple
 
@@ -255,7 +256,7 @@ def check_attention(
         raise _misfit("cu_seqlens", cu_seqlens, f"on {q.device}")
     if not scale > 0:
         raise UserError("scale is not positive", got=scale, allowed="such as head_dim ** -0.5")
-    if cap is not None and not cap > 0:
+    if cap is not None and not 0 < cap < math.inf:
         raise UserError("cap is not positive", got=cap, allowed="None, or above 0")
 
 

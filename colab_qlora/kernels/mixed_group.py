@@ -190,6 +190,9 @@ def _told(weight: Any, out: torch.Tensor) -> _Told | None:
         shift = block_shift(state.blocksize, _STEP)
         arguments = (*leading, None, last, count, shift)
         return _Told("nf4", arguments, state.nested_blocksize, programs_of(out))
+    # a subclass may keep its numbers elsewhere
+    if type(weight) not in (torch.Tensor, torch.nn.Parameter):
+        return None
     plain = weight.detach()
     fits = plain.shape == out.shape and plain.device == out.device and plain.is_contiguous()
     if not fits or plain.dtype not in (torch.float16, torch.bfloat16, torch.float32):

@@ -18,7 +18,7 @@ from colab_qlora.models.loftq import loftq_source, start_from_quantisation_error
 from colab_qlora.models.quiet_import import without_rename_warnings
 from colab_qlora.models.saved_tables import let_tables_meet
 from colab_qlora.models.settings import ATTRIBUTE, CHECKPOINTING_MODES, ModelSettings, settings_of
-from colab_qlora.models.smart import plan_batches, print_line, stop_planning
+from colab_qlora.models.smart import plan_batches, print_line, runtime_of, stop_planning
 from colab_qlora.models.target_names import is_present, targets_of_model
 from colab_qlora.quantization.instance_methods import set_adapter_methods
 
@@ -231,6 +231,7 @@ def set_gradient_checkpointing(
             allowed="memory_budget_gib and host_budget_gib with use_gradient_checkpointing='smart'",
         )
     check_budgets(*budgets)
+    earlier = runtime_of(model)
     stop_planning(model)
     if mode is False:
         disable_checkpointing(model)
@@ -241,7 +242,7 @@ def set_gradient_checkpointing(
         if not fused_layers(model):
             model.enable_input_require_grads()
     if mode == "smart":
-        plan_batches(model, *budgets)
+        plan_batches(model, *budgets, earlier=earlier)
     settings = settings_of(model)
     if settings is None:
         name = getattr(model.config, "_name_or_path", "") or type(model).__name__

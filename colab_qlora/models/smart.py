@@ -70,14 +70,19 @@ def plan_batches(
     model: Any,
     memory_budget_gib: float | None = None,
     host_budget_gib: float | None = None,
+    earlier: ActivationRuntime | None = None,
 ) -> ActivationRuntime | StockPlanner | None:
     """Have a model planned from its next batch on.
+
+    Args:
+        model: with fused layers, or any other.
+        memory_budget_gib, host_budget_gib: as `set_gradient_checkpointing` takes them.
+        earlier: what planned it until now.
 
     Returns:
         What plans it: a fused model's layers tensor by tensor, others' as wholes, and None where
         not even that can be done.
     """
-    earlier = runtime_of(model)
     stop_planning(model)
     state = state_of(model)
     if state is None or not fused_layers(model):

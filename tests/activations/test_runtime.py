@@ -39,7 +39,6 @@ from colab_qlora.models.smart import (  # noqa: E402
     plan_batches,
     resident_bytes,
     runtime_of,
-    stop_planning,
     workload_of,
 )
 
@@ -355,14 +354,23 @@ def test_an_optimisers_states_are_there_once_gradients_have_gone() -> None:
 def test_a_model_that_is_planned_anew_has_its_optimisers_states_already() -> None:
     model = tiny_model("llama", torch.float32)
     fuse(model)
-    for has_run in (False, True):
-        runtime = plan_batches(model)
-        assert isinstance(runtime, ActivationRuntime)
+    # the first planner's first pass comes before any step, the second's after one
+    for budget_gib, has_stepped in ((None, False), (1.0, True)):
+        set_gradient_checkpointing(model, "smart", budget_gib)
+        runtime = runtime_of(model)
+        assert runtime is not None
         runtime.plan_of(BatchKind(1, 64))
-        # the first planner's first pass comes before any step, the second's after one
-        assert runtime.workload.has_stepped is has_run
-    stop_planning(model)
-    runtime = plan_batches(model)
+        assert runtime.workload.has_stepped is has_stepped
+
+
+def test_other_adapters_have_no_states_yet() -> None:
+    model = tiny_model("llama", torch.float32)
+    fuse(model)
+    earlier = plan_batches(model)
+    assert isinstance(earlier, ActivationRuntime)
+    earlier.plan_of(BatchKind(1, 64))
+    earlier.workload = replace(earlier.workload, rank=7)
+    runtime = plan_batches(model, earlier=earlier)
     assert isinstance(runtime, ActivationRuntime)
-    runtime.plan_of(BatchKind(1, 64, has_gradients=True))
+    runtime.plan_of(BatchKind(1, 64))
     assert not runtime.workload.has_stepped

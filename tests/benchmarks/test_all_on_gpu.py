@@ -62,6 +62,30 @@ def test_what_each_run_came_to(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
         time.sleep(0.05)
 
 
+def test_checkpoints_are_written_when_they_are_needed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("PYTHONPATH", f"{ROOT}:{tmp_path}")
+    (tmp_path / "shows.py").write_text(
+        "import os, pathlib, sys\n"
+        "print(sorted(path.suffix for path in pathlib.Path(sys.argv[1]).iterdir()))\n"
+        "print(os.environ['BENCHMARK_RESULTS'])\n"
+    )
+    monkeypatch.delenv("BENCHMARK_RESULTS", raising=False)
+    runs = [
+        Run("a", 0, "shows {tiny}"),
+        Run("b", 0, "shows {tiny}"),
+        Run("c", 0, "shows {nothing}"),
+    ]
+    rows = run_all(runs, tmp_path / "work", time.monotonic() + 100)
+    assert [row[1] for row in rows] == ["done", "done", "exit code 2"]
+    assert rows[0][3] == str(tmp_path / "work" / "results")
+    first, second = ((tmp_path / f"work/logs/{name}.txt").read_text() for name in "ab")
+    assert ".safetensors" in first and "wrote tiny" in first
+    assert ".safetensors" in second and "wrote tiny" not in second
+    assert "invalid choice: 'nothing'" in rows[2][3]
+
+
 def _runs(process: int) -> bool:
     try:
         return Path(f"/proc/{process}/stat").read_text().split()[2] != "Z"

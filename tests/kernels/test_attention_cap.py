@@ -84,6 +84,13 @@ def test_tritons_kernel_alone_takes_a_cap_beside_plain_products(case, capability
         assert "takes no cap" in explain_attention(CASES[case], torch.float16, capability)
 
 
+def test_tritons_tanh_is_not_exact_enough_for_a_huge_cap():
+    shape = dataclasses.replace(CASES["dense"], cap=1001.0)
+    ranked = rank_backends(shape, torch.float16, "cuda", (9, 0))
+    assert [choice.name for choice in ranked] == ["math"]
+    assert "triton takes no cap of 1001.0 (up to 1000)" in ranked[0].reason
+
+
 def test_no_fast_kernel_takes_a_cap_and_a_window():
     ranked = rank_backends(CASES["packed window"], torch.float16, "cuda", (9, 0))
     assert [choice.name for choice in ranked] == ["math"]

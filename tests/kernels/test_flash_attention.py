@@ -267,6 +267,8 @@ def test_backward_is_the_same_every_time() -> None:
         ({"cu_seqlens": torch.tensor([0, 6])}, "cu_seqlens"),
         ({"cu_seqlens": torch.zeros(0, dtype=torch.int32)}, "cu_seqlens"),
         ({"scale": 0.0}, "scale"),
+        ({"cap": 0.0}, "cap"),
+        ({"cap": float("inf")}, "cap"),
     ],
 )
 def test_misfits_are_named(backend: str, change: dict, named: str) -> None:

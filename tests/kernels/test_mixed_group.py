@@ -167,13 +167,23 @@ def _moved(weight):
     return torch.empty(weight.shape[0], 2 * WIDTH, dtype=weight.dtype, device=DEVICE)[:, :WIDTH]
 
 
+class _Elsewhere(torch.Tensor):
+    """Who knows where its numbers are."""
+
+
+def _subclass(weight):
+    return weight.detach().as_subclass(_Elsewhere)
+
+
 def _shifted(weight):
     """int8 codes that no word can be read from."""
     place = torch.zeros(weight.codes.numel() + 1, dtype=torch.int8, device=DEVICE)[1:]
     return Int8Weight(place.view_as(weight.codes).copy_(weight.codes), weight.absmax)
 
 
-@pytest.mark.parametrize(("kind", "change"), [("plain", _moved), ("int8", _shifted)])
+@pytest.mark.parametrize(
+    ("kind", "change"), [("plain", _moved), ("plain", _subclass), ("int8", _shifted)]
+)
 def test_weights_that_cannot_be_read_widely_are_left_alone(kind, change):
     group = Group([kind, "nf4"], (16, 8))
     group.weights[0] = change(group.weights[0])
