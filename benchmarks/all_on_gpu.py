@@ -26,7 +26,9 @@ from benchmarks.table import format_table
 ROOT = Path(__file__).resolve().parent.parent
 # runs that are alone on the GPU, and so see its real speed, come first
 TESTS = (
-    *("tests/kernels", "tests/layers", "tests/models/test_pass_graphs.py", "tests/activations"),
+    *("tests/kernels", "tests/layers", "tests/activations", "tests/models/test_pass_graphs.py"),
+    *("tests/models/test_kept_recordings.py", "tests/models/test_failed_recordings.py"),
+    "tests/models/test_recording_policy.py",
     *("tests/decoding", "tests/quantization/test_int8_modules.py"),
     *("tests/quantization/test_weight_reader.py", "tests/training/test_optimizer.py"),
     "tests/training/test_gpu.py",

@@ -10,7 +10,8 @@ all layers share, and are copied out of it at once, together.
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+import weakref
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -18,12 +19,11 @@ import torch
 from colab_qlora.kernels.attention import AttentionShape
 from colab_qlora.kernels.copy_rows import copy_rows
 from colab_qlora.layers.decoder_layer import layer_backward, layer_forward
+from colab_qlora.layers.gradient_rows import GradientLayout, GradientRows, Gradients
 from colab_qlora.layers.graph_recorder import Recorder, Recording
 from colab_qlora.layers.layer_parts import LayerParts, Pass
 from colab_qlora.layers.saved import SavedTensors
 from colab_qlora.layers.scratch import Scratch, Wide, new_rows, wide_of
-
-Gradients = list[torch.Tensor | None]
 
 
 class ShapeMemory:
@@ -37,12 +37,13 @@ class ShapeMemory:
     def __init__(self, recorder: Recorder, rows: GradientRows) -> None:
         self.recorder, self.rows = recorder, rows
         self.scratch = _FixedScratch(self)
-        # why a backward pass could not be recorded
+        # why a layer could not be recorded: nothing else of this shape is from then on
         self.failure: RuntimeError | None = None
         # of the layer that is being recorded: which of two buffers its gradient comes in
         self.side = 0
         self._wide: dict[tuple[int, int, int], Wide] = {}
-        self._tables: dict[tuple[Any, ...], FixedTables] = {}
+        self._tables: dict[tuple[Any, ...], list[FixedTables]] = {}
+        self._attentions: dict[tuple[Any, ...], AttentionShape] = {}
 
     def wide(self, side: int, like: torch.Tensor, spare: int) -> Wide:
         """One of the two buffers that gradients go down through, (tokens, width + spare)."""
@@ -55,16 +56,35 @@ class ShapeMemory:
         return found
 
     def tables(self, kind: tuple[Any, ...], cos: torch.Tensor, sin: torch.Tensor) -> FixedTables:
-        """The place of a kind of layers' rotation tables."""
-        found = self._tables.get(kind)
+        """Where layers of a kind read these rotation tables, which are copied there once a pass.
+
+        A place belongs to its tables until the pass is over, as the backward pass reads it again:
+        layers of one kind whose tables differ get a place for each, in the order of the layers.
+        """
+        places = self._tables.setdefault(kind, [])
+        found = next((place for place in places if place.takes(cos, sin)), None)
         if found is None:
-            found = self._tables[kind] = FixedTables(torch.empty_like(cos), torch.empty_like(sin))
+            found = FixedTables(torch.empty_like(cos), torch.empty_like(sin))
+            places.append(found)
+        found.fill(cos, sin)
         return found
+
+    def attention(self, shape: AttentionShape) -> AttentionShape:
+        """The same shape without what it keeps, one for all recorded layers that attend so.
+
+        What is derived from a shape while something is recorded is computed when that runs: never,
+        if the recording fails. Layers that run as ever must not find it.
+        """
+        key = _numbers_of(shape)
+        if key not in self._attentions:
+            self._attentions[key] = replace(shape)
+        return self._attentions[key]
 
     def new_pass(self) -> None:
         """Tables belong to a batch."""
-        for tables in self._tables.values():
-            tables.source = None
+        for places in self._tables.values():
+            for place in places:
+                place.source = None
 
     def all_recorded(self) -> None:
         """Nobody asks for scratch memory any more; what is recorded later may use it."""
@@ -77,10 +97,13 @@ class _FixedScratch(Scratch):
 
     def __init__(self, memory: ShapeMemory) -> None:
         super().__init__()
-        self._memory = memory
+        # in a circle it would stay, with the recorder's pool, until Python looks for such
+        self._memory = weakref.ref(memory)
 
     def offer(self, like: torch.Tensor, spare: int) -> torch.Tensor:
-        return self._memory.wide(self._memory.side + 1, like, spare).main
+        memory = self._memory()
+        assert memory is not None, "whoever records holds it"
+        return memory.wide(memory.side + 1, like, spare).main
 
     def taken(self, tensor: torch.Tensor, spare: int) -> Wide | None:
         return None
@@ -88,31 +111,25 @@ class _FixedScratch(Scratch):
 
 @dataclass
 class FixedTables:
-    """Where recorded layers read the rotation tables; filled once a pass."""
+    """Where recorded layers read the rotation tables; `source` is what was copied there."""
 
     cos: torch.Tensor
     sin: torch.Tensor
-    source: Any = None
+    source: tuple[torch.Tensor, torch.Tensor] | None = None
+
+    def takes(self, cos: torch.Tensor, sin: torch.Tensor) -> bool:
+        """True if nothing was copied there in this pass yet, or just these."""
+        if self.source is None:
+            return True
+        # other views of their memory do as well: nobody else has it while the source is held
+        held_cos, held_sin = self.source
+        return held_cos.data_ptr() == cos.data_ptr() and held_sin.data_ptr() == sin.data_ptr()
 
     def fill(self, cos: torch.Tensor, sin: torch.Tensor) -> None:
-        if self.source is not cos:
+        if self.source is None:
             self.cos.copy_(cos)
             self.sin.copy_(sin)
-            self.source = cos
-
-
-@dataclass
-class GradientRows:
-    """Buffers that layers write their gradients to, one a dtype; each layer overwrites them."""
-
-    buffers: dict[torch.dtype, torch.Tensor] = field(default_factory=dict)
-
-    def get(self, dtype: torch.dtype, numbers: int, device: torch.device) -> torch.Tensor:
-        """So many numbers. A larger request gets a new buffer; whoever has the old one keeps it."""
-        held = self.buffers.get(dtype)
-        if held is None or held.numel() < numbers:
-            held = self.buffers[dtype] = torch.empty(numbers, dtype=dtype, device=device)
-        return held[:numbers]
+            self.source = cos, sin
 
 
 class LayerGraph:
@@ -121,8 +138,8 @@ class LayerGraph:
     Args:
         hidden: the layer's input, (batch, length, width); recorded layers read it where it lies if
             `is_fixed`, else from a place of their own.
-        parts, run, saved: as for `layer_forward`; `run` has the scratch memory and the tables of
-            `memory`.
+        parts, run, saved: as for `layer_forward`; `run` has the scratch memory, the tables and the
+            attention's shape of `memory`.
         side: which of the two buffers the output's gradient comes in: by turns, layer by layer.
         is_first, is_last: the input's gradient, or the output, leaves the layers: it is copied.
         needs_dx: whether the input's gradient is wanted.
@@ -163,7 +180,7 @@ class LayerGraph:
         self.output = output.view(*self._lead, output.shape[-1])
         self._backward: Recording | None = None
         self._gradient: Wide | None = None
-        self._layout: _Layout | None = None
+        self._layout: GradientLayout | None = None
 
     def attends_as(self, attention: AttentionShape) -> bool:
         """True if the recorded attention is this one: the same numbers, no mask, no documents."""
@@ -211,7 +228,7 @@ class LayerGraph:
 
     def _record_backward(self, place: Wide) -> bool:
         """False if it cannot be recorded."""
-        layout = _Layout(self.trainable, self._memory.rows)
+        layout = GradientLayout(self.trainable, self._memory.rows)
 
         def work() -> tuple[torch.Tensor | None]:
             dx, found = layer_backward(
@@ -238,53 +255,13 @@ class LayerGraph:
     def _unrecorded(self, place: Wide) -> tuple[torch.Tensor | None, Gradients]:
         """The backward pass of a forward pass that was recorded."""
         self._memory.side = self._side
-        dx, found = layer_backward(
-            place, self.parts, self._run, self._saved, needs_dx=self.needs_dx
-        )
+        # what a recording that failed has put into the attention's shape was never computed
+        run = replace(self._run, attention=replace(self._run.attention))
+        dx, found = layer_backward(place, self.parts, run, self._saved, needs_dx=self.needs_dx)
         self._saved.release()
         if dx is not None:
             dx = dx.view(*self._lead, dx.shape[-1]).clone()
         return dx, [found.of(p) for p in self.trainable]
-
-
-class _Layout:
-    """Where each parameter's gradient lies in the shared rows."""
-
-    def __init__(self, parameters: list[torch.nn.Parameter], rows: GradientRows) -> None:
-        self._by_dtype: dict[torch.dtype, list[int]] = {}
-        for index, parameter in enumerate(parameters):
-            self._by_dtype.setdefault(parameter.dtype, []).append(index)
-        self._shapes = [parameter.shape for parameter in parameters]
-        self._sizes: dict[torch.dtype, list[int]] = {}
-        self._row: dict[torch.dtype, torch.Tensor] = {}
-        self._has = [True] * len(parameters)
-        for dtype, indices in self._by_dtype.items():
-            self._sizes[dtype] = [parameters[index].numel() for index in indices]
-            device = parameters[indices[0]].device
-            self._row[dtype] = rows.get(dtype, sum(self._sizes[dtype]), device)
-
-    def write(self, gradients: Gradients) -> None:
-        """Copy gradients to their places."""
-        self._has = [gradient is not None for gradient in gradients]
-        for dtype, indices in self._by_dtype.items():
-            places = self._row[dtype].split(self._sizes[dtype])
-            pairs = [
-                (place.view(gradient.shape), gradient)
-                for place, index in zip(places, indices, strict=True)
-                if (gradient := gradients[index]) is not None
-            ]
-            if pairs:
-                torch._foreach_copy_([p for p, _ in pairs], [g for _, g in pairs])
-
-    def taken(self) -> Gradients:
-        """The gradients as tensors of the caller's own."""
-        found: Gradients = [None] * len(self._shapes)
-        for dtype, indices in self._by_dtype.items():
-            pieces = self._row[dtype].clone().split(self._sizes[dtype])
-            for piece, index in zip(pieces, indices, strict=True):
-                if self._has[index]:
-                    found[index] = piece.view(self._shapes[index])
-        return found
 
 
 def _numbers_of(attention: AttentionShape) -> tuple[Any, ...]:

@@ -13,10 +13,6 @@ from colab_qlora.layers.layer_graph import LayerGraph, ShapeMemory
 from colab_qlora.layers.layer_parts import LayerParts, Pass
 from colab_qlora.layers.saved import SavedTensors
 
-# the host's share of the forward pass's time from which a shape is recorded: below it the GPU is
-# never kept waiting
-HOST_SHARE = 0.5
-
 # hidden states' shape, dtype and device, and the plan of the pass
 Key = tuple[torch.Size, torch.dtype, torch.device, Hashable]
 
@@ -50,6 +46,7 @@ class LayerPass:
         choice, plan: what is decided for the layer, and for all of them.
         read_again: the parts once more, on another scratch memory.
         kind: of its rotation tables and masks: alike in layers of a kind.
+        is_watched: whether somebody sees what goes from one of the model's layers to the next.
     """
 
     number: int
@@ -62,45 +59,42 @@ class LayerPass:
     plan: Hashable
     read_again: Callable[[Any], LayerParts]
     kind: tuple[Any, ...]
+    is_watched: Callable[[], bool]
 
 
 @dataclass
 class Recorded:
-    """The recorded layers of one shape; `known` has for each what has to be as it was."""
+    """The recorded layers of one shape.
+
+    Attributes:
+        memory: what they share. device: where all of it is.
+        layers: by number; known: for each what has to be as it was.
+        is_finished: nothing is added any more. is_stale: not all of it fits any more.
+        uses: passes that ran from it. last_pass: number of the last one.
+    """
 
     memory: ShapeMemory
+    device: torch.device
     layers: dict[int, LayerGraph] = field(default_factory=dict)
     known: dict[int, tuple[Any, Any]] = field(default_factory=dict)
     is_finished: bool = False
     is_stale: bool = False
+    uses: int = 0
+    last_pass: int = 0
 
     @property
     def is_whole(self) -> bool:
         return bool(self.layers) and all(graph.is_whole for graph in self.layers.values())
 
 
-@dataclass
-class Sight:
-    """How often a shape came, what its second pass told, how often it was recorded."""
-
-    count: int = 0
-    host_s: float = 0.0
-    events: tuple[Any, Any] | None = None
-    need_bytes: int = 0
-    times_recorded: int = 0
-    is_refused: bool = False
-
-    def waits_for_host(self) -> bool:
-        """True if the host needed most of the time that the GPU was at it."""
-        if self.events is None or not all(event.query() for event in self.events):
-            return False
-        gpu_s = self.events[0].elapsed_time(self.events[1]) / 1e3
-        return self.host_s >= HOST_SHARE * gpu_s
+def is_of_one_batch(shape: AttentionShape) -> bool:
+    """True if attention is over documents or a mask that other batches do not have."""
+    return shape.packed or shape.mask is not None
 
 
 def why_not_recorded(parts: LayerParts, shape: AttentionShape) -> str:
     """Why a layer cannot be recorded with this batch; empty if it can."""
-    if shape.packed or shape.mask is not None:
+    if is_of_one_batch(shape):
         return "documents or a mask of this batch alone"
     if any(group.has_modules for group in parts.groups()):
         return "a linear is called as it is"

@@ -7,6 +7,7 @@ from collections.abc import Iterable
 from typing import Any
 
 import torch
+from torch.nn.modules.module import _has_any_global_hook
 
 from colab_qlora.activations.recording import recording_bytes
 from colab_qlora.layers.layer_graph import LayerGraph
@@ -33,11 +34,17 @@ def layer_pass(
     if not state.graphs.takes(hidden) or not torch.is_grad_enabled():
         return None
     number = layer.__dict__.get(LAYER_NUMBER)
+    if number is None:
+        return None
+    layers = state.graphs.layers
+    layers[number] = layer
     learns = hidden.requires_grad or bool(parts.trainable())
     current = state.runtime.current if state.runtime else None
     step = None if current is None else current.step
-    if number is None or not learns or _is_hooked(layer) or (step and any(step.offload)):
+    if not learns or _is_hooked(layer) or (step and any(step.offload)):
         return None
+    # that of a whole step leaves open what layers do in between
+    how = (choice.mlp_tokens, choice.max_weight_bytes, choice.holds_gate_up)
     return LayerPass(
         number=number,
         is_last=number == state.layer_count - 1,
@@ -46,9 +53,10 @@ def layer_pass(
         run=run,
         store=lambda: SavedTensors(choice.plan),
         choice=choice,
-        plan=choice if step is None else step.stored,
+        plan=choice if step is None else (step.stored, *how),
         read_again=lambda scratch: read_chosen(layer, choice, scratch),
         kind=(run.cos.shape, parts.window, parts.uses_rope),
+        is_watched=lambda: _is_watched(layers.values()),
     )
 
 
@@ -67,8 +75,17 @@ def room_of(state: FusedState) -> Room:
     return Room(left, max(0, current.step.peak_bytes - allocated), extra)
 
 
+def _is_watched(layers: Iterable[Any]) -> bool:
+    """Somebody sees what goes between layers, and might keep it: recorded it is good for one pass.
+
+    Who has a hook on one layer sees its input and its output's gradient as well, which are those of
+    the layers beside it.
+    """
+    return bool(_has_any_global_hook()) or any(_is_hooked(layer) for layer in layers)
+
+
 def _is_hooked(layer: Any) -> bool:
-    """Somebody sees the layer's output or its gradient, which recorded are good for one pass."""
+    """Somebody sees the layer's input, output or a gradient of them, or replaces its forward."""
     own = layer.__dict__
     if own["_forward_pre_hooks"] or own["_backward_hooks"] or own["_backward_pre_hooks"]:
         return True

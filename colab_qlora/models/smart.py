@@ -6,6 +6,7 @@ as wholes (`stock_checkpointing.py`).
 
 from __future__ import annotations
 
+import contextlib
 import weakref
 from dataclasses import dataclass
 from typing import Any
@@ -118,11 +119,14 @@ def free_recordings(model: Any, *, only_if_short: bool = False) -> None:
     state = state_of(model)
     if state is None or not state.graphs.shapes:
         return
-    if only_if_short and _has_room_beside(state.graphs.idle_bytes()):
-        return
-    state.graphs.clear()
-    if torch.cuda.is_available():
-        torch.cuda.empty_cache()
+    # the model need not be on the current device
+    device = model_device(model)
+    with torch.cuda.device(device) if device.type == "cuda" else contextlib.nullcontext():
+        if only_if_short and _has_room_beside(state.graphs.idle_bytes()):
+            return
+        state.graphs.clear()
+        if torch.cuda.is_available():
+            torch.cuda.empty_cache()
 
 
 def _has_room_beside(idle_bytes: int) -> bool:

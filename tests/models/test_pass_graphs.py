@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import copy
 import sys
-from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -16,62 +16,32 @@ import pytest
 
 torch = pytest.importorskip("torch")
 pytest.importorskip("peft")
+transformers = pytest.importorskip("transformers")
 sys.path.insert(0, str(Path(__file__).parent.parent / "layers"))
 
-from layer_helpers import FAMILIES, batch, gradients, tiny_model  # noqa: E402
+from layer_helpers import FAMILIES, GEMMA, batch, gradients  # noqa: E402
 from peft import LoraConfig  # noqa: E402
+from recording_helpers import (  # noqa: E402
+    PASSES,
+    differing,
+    fused,
+    passes,
+    record,
+    recorded_model,
+)
 
 from colab_qlora import FastLanguageModel, UserError  # noqa: E402
-from colab_qlora.layers.graph_recorder import Rerun  # noqa: E402
 from colab_qlora.layers.saved import KEEP_INPUT  # noqa: E402
 from colab_qlora.models.fuse import fuse, restore, state_of  # noqa: E402
-from colab_qlora.models.pass_graphs import MOST_RECORDED, PassGraphs  # noqa: E402
+from colab_qlora.models.pass_graphs import PassGraphs  # noqa: E402
 from colab_qlora.models.smart import free_recordings, plan_batches, runtime_of  # noqa: E402
-from colab_qlora.training.micro_batch import with_less_memory  # noqa: E402
 
-IS_GPU = torch.cuda.is_available()
-# a shape is recorded in its third pass, and runs from the recording in the fourth
-PASSES = 5
 WINDOWED = ("mistral_window", "phi4_mini", "gemma2", "gemma3")
 
 
-def record(model: Any, said: list[str] | None = None, recorder: Any = None) -> PassGraphs:
-    """Have every shape recorded at its third pass."""
-    state = state_of(model)
-    assert state is not None
-    if recorder is None and not IS_GPU:
-        recorder = Rerun()
-    say = print if said is None else said.append
-    state.graphs = PassGraphs(say, recorder=recorder, always=True)
-    return state.graphs
-
-
-def fused(family: str = "llama", dtype: Any = torch.float32, **lora: Any) -> Any:
-    model = tiny_model(family, dtype, **lora)
-    fuse(model)
-    return model
-
-
-def differing(found: dict[str, Any], expected: dict[str, Any]) -> list[str]:
-    assert found.keys() == expected.keys()
-    return [name for name in expected if not torch.equal(found[name], expected[name])]
-
-
-def passes(model: Any, inputs: dict[str, Any], count: int = PASSES) -> list[dict[str, Any]]:
-    return [gradients(model, inputs) for _ in range(count)]
-
-
 @pytest.fixture
-def recorded() -> Iterator[tuple[Any, dict[str, Any], dict[str, Any], PassGraphs]]:
-    """A model with a recording of `batch()`, and what that batch gives without one."""
-    model = fused()
-    inputs = batch()
-    expected = gradients(model, inputs)
-    graphs = record(model)
-    for found in passes(model, inputs):
-        assert not differing(found, expected)
-    assert len(graphs.shapes) == 1
-    yield model, inputs, expected, graphs
+def recorded() -> tuple[Any, dict[str, Any], dict[str, Any], PassGraphs]:
+    return recorded_model()
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -168,7 +138,7 @@ def test_evaluation_in_between(recorded):
 
 def test_evaluation_and_passes_without_adapters_leave_recordings(recorded):
     model, inputs, expected, graphs = recorded
-    recordings = dict(graphs._recorded)
+    recordings = graphs._recorded.items()
     for _ in range(4):
         model.eval()
         with torch.no_grad():
@@ -177,7 +147,7 @@ def test_evaluation_and_passes_without_adapters_leave_recordings(recorded):
         with model.disable_adapter(), torch.no_grad():
             model(**inputs, use_cache=False)
         assert not differing(gradients(model, inputs), expected)
-    assert dict(graphs._recorded) == recordings
+    assert graphs._recorded.items() == recordings
 
 
 def test_a_mask_or_documents_of_a_recorded_shape_count(recorded):
@@ -198,6 +168,61 @@ def test_a_mask_or_documents_of_a_recorded_shape_count(recorded):
     for each, mine in zip((padded, packed, moved), found, strict=True):
         assert not differing(mine, gradients(model, each))
         assert differing(mine, expected)
+
+
+def test_a_batch_with_a_mask_costs_no_recording(monkeypatch):
+    """Padding comes as a mask to the second layer alone, which runs as ever then."""
+    kinds = ["full_attention", "sliding_attention", "full_attention"]
+    config = transformers.Gemma3TextConfig(**{**GEMMA, "layer_types": kinds})
+    monkeypatch.setitem(FAMILIES, "full first", config)
+    model = fused("full first")
+    plain, padded = batch(), batch("right")
+    expected, other = gradients(model, plain), gradients(model, padded)
+    graphs = record(model)
+    passes(model, plain)
+    recordings = graphs._recorded.items()
+    assert len(recordings) == 1
+    for _ in range(3):
+        assert not differing(gradients(model, padded), other)
+        assert not differing(gradients(model, plain), expected)
+    assert graphs._recorded.items() == recordings
+
+
+def test_layers_of_one_kind_whose_tables_differ():
+    """A backward pass reads the tables again, when layers above have had theirs."""
+    model = fused("gemma3")
+    for layer in model.get_base_model().model.layers:
+        layer.self_attn.sliding_window = None
+    expected = gradients(model, batch())
+    graphs = record(model)
+    assert not any(differing(found, expected) for found in passes(model, batch()))
+    assert graphs.shapes
+
+
+def test_plans_that_differ_in_settings_alone_have_a_recording_each():
+    model = fused()
+    plan_batches(model)
+    runtime = runtime_of(model)
+    assert runtime is not None
+    gradients(model, batch())
+    ((kind, plan),) = runtime.plans.items()
+    assert plan.step is not None
+    settings = replace(plan.step.batch.settings, mlp_tokens=8)
+    step = replace(plan.step, batch=replace(plan.step.batch, settings=settings))
+    plans = (plan, replace(plan, step=step))
+
+    def one_each() -> list[dict[str, Any]]:
+        found = []
+        for each in plans:
+            runtime.plans[kind] = each
+            found.append(gradients(model, batch()))
+        return found
+
+    expected = one_each()
+    graphs = record(model)
+    for _ in range(PASSES):
+        assert not any(map(differing, one_each(), expected))
+    assert len(graphs.shapes) == 2
 
 
 def test_another_scale_counts(recorded):
@@ -234,6 +259,66 @@ def test_a_gradient_that_is_watched_is_the_watchers(recorded):
     gradients(model, batch(length=9))
     handle.remove()
     assert torch.equal(seen[0], kept)
+
+
+@pytest.mark.filterwarnings("ignore:Full backward hook")
+@pytest.mark.parametrize("number", [0, 1])
+def test_a_gradient_between_two_layers_is_the_watchers(recorded, number):
+    """That of one layer's output is the next one's, whose recording would write over it."""
+    model, inputs, expected, _ = recorded
+    seen: list[torch.Tensor] = []
+    layer = model.get_base_model().model.layers[number]
+    handle = layer.register_full_backward_pre_hook(lambda module, out: seen.append(out[0]))
+    assert not differing(gradients(model, inputs), expected)
+    kept = seen[0].clone()
+    model.zero_grad()
+    (3 * model(**inputs).loss).backward()
+    handle.remove()
+    assert not torch.equal(seen[0], seen[1])
+    assert torch.equal(seen[0], kept)
+    assert not differing(gradients(model, inputs), expected)
+
+
+@pytest.mark.parametrize("is_global", [False, True], ids=["of one layer", "of all modules"])
+def test_what_a_layer_is_given_is_the_watchers(recorded, is_global):
+    model, inputs, expected, _ = recorded
+    seen: list[torch.Tensor] = []
+    layer = model.get_base_model().model.layers[2]
+
+    def keep(module: Any, args: tuple[Any, ...]) -> None:
+        if module is layer:
+            seen.append(args[0].detach())
+
+    everywhere = torch.nn.modules.module.register_module_forward_pre_hook
+    handle = everywhere(keep) if is_global else layer.register_forward_pre_hook(keep)
+    try:
+        assert not differing(gradients(model, inputs), expected)
+        kept = seen[0].clone()
+        gradients(model, {**inputs, "input_ids": inputs["input_ids"].flip(1)})
+    finally:
+        handle.remove()
+    assert not torch.equal(seen[0], seen[1])
+    assert torch.equal(seen[0], kept)
+
+
+def test_a_forward_that_is_replaced_is_called(recorded):
+    """As accelerate wraps one, before or after there are recordings."""
+    model, inputs, expected, _ = recorded
+    layer = model.get_base_model().model.layers[1]
+    count: list[torch.Tensor] = []
+    own = layer.forward
+
+    def wrapped(*args: Any, **kwargs: Any) -> Any:
+        out = own(*args, **kwargs)
+        count.append(out.detach())
+        return out
+
+    layer.forward = wrapped
+    assert not any(differing(found, expected) for found in passes(model, inputs))
+    assert len(count) == PASSES
+    assert len({out.data_ptr() for out in count}) == PASSES, "its output is not kept for one pass"
+    del layer.forward
+    assert not differing(gradients(model, inputs), expected)
 
 
 def test_hidden_states_that_were_asked_for_once(recorded):
@@ -381,48 +466,6 @@ def test_wrong_backward_passes_are_refused(recorded):
         loss.backward()
 
 
-class Failing(Rerun):
-    """Fails at one of its recordings, as a GPU that runs out of memory."""
-
-    def __init__(self, at: int) -> None:
-        self.left = at
-
-    def record(self, work: Any) -> Any:
-        self.left -= 1
-        if self.left < 0:
-            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB")
-        return super().record(work)
-
-
-@pytest.mark.parametrize("at", range(7))
-def test_a_recording_that_fails_costs_nothing(at):
-    """A model of three layers has six recordings; with the seventh nothing fails."""
-    model = fused()
-    expected = gradients(model, batch())
-    said: list[str] = []
-    graphs = record(model, said, Failing(at))
-    assert not any(differing(found, expected) for found in passes(model, batch()))
-    assert graphs.is_on == (at == 6)
-    assert len(said) == (at < 6)
-    assert at == 6 or "CUDA out of memory" in said[0]
-
-
-def test_a_shape_that_keeps_changing_is_given_up(recorded):
-    model, inputs, _, graphs = recorded
-    for _ in range(12):
-        move(model)
-        gradients(model, inputs)
-    assert not graphs.shapes
-
-
-def test_so_many_shapes_and_no_more():
-    model = fused()
-    graphs = record(model)
-    for length in range(3, MOST_RECORDED + 6):
-        passes(model, batch(length=length), 3)
-    assert len(graphs.shapes) == MOST_RECORDED
-
-
 def test_switched_off(recorded):
     model, inputs, expected, graphs = recorded
     graphs.is_on = False
@@ -464,25 +507,3 @@ def test_a_training_ends_without_recordings(tiny_model_folder, tmp_path):
     trainer.training_step = lambda *args: (step(*args), seen.append(len(graphs.shapes)))[0]
     trainer.train()
     assert seen[-1] == 1 and not graphs.shapes
-
-
-def test_out_of_memory_lets_recordings_go_before_anything_is_planned_anew(recorded):
-    model, _, _, graphs = recorded
-    plan_batches(model)
-    runtime = runtime_of(model)
-    assert runtime is not None
-    passes(model, batch())
-    assert graphs.shapes
-    said: list[str] = []
-    seen: list[int] = []
-
-    def step() -> str:
-        seen.append(len(graphs.shapes))
-        if len(seen) < 3:
-            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB")
-        return "done"
-
-    assert with_less_memory(model, step, said.append) == "done"
-    assert seen == [1, 0, 0]
-    assert "once more without recorded layers" in said[0]
-    assert "planning again with 90% of the memory" in said[1]
