@@ -8,6 +8,7 @@ from colab_qlora.lazy import lazy_names
 
 # public name -> the module that defines it
 _EXPORTS = {
+    "CHAT_TEMPLATES": "data.chat_templates",
     "apply_chat_template": "data.chat_texts",
     "check_conversation": "data.chat_texts",
     "get_chat_template": "data.chat_templates",
@@ -18,6 +19,7 @@ _EXPORTS = {
 }
 
 __all__ = [
+    "CHAT_TEMPLATES",
     "apply_chat_template",
     "check_conversation",
     "get_chat_template",
@@ -28,7 +30,7 @@ __all__ = [
 ]
 
 if TYPE_CHECKING:
-    from colab_qlora.data.chat_templates import get_chat_template
+    from colab_qlora.data.chat_templates import CHAT_TEMPLATES, get_chat_template
     from colab_qlora.data.chat_texts import apply_chat_template, check_conversation
     from colab_qlora.data.conversations import standardize_data_formats, standardize_sharegpt
     from colab_qlora.data.merge_columns import to_sharegpt

@@ -16,6 +16,7 @@ from colab_qlora.models.adapters import (
 )
 from colab_qlora.models.dynamic_loading import DEFAULT_BUDGET
 from colab_qlora.models.loading import load_model_and_tokenizer
+from colab_qlora.models.peer_arguments import unknown_arguments_named
 from colab_qlora.models.peer_options import adapter_options, loading_options
 from colab_qlora.models.saved_adapter import is_adapter_folder, load_adapter_folder
 from colab_qlora.models.settings import settings_of
@@ -80,7 +81,8 @@ class FastLanguageModel:
         Returns:
             (model, tokenizer): a transformers model (or a PeftModel for an adapter folder) and its
             tokenizer. The model, and a PeftModel made of it, has `save_pretrained_merged`,
-            `save_pretrained_gguf` and `push_to_hub*`.
+            `save_pretrained_gguf` and `push_to_hub*`, and its `generate` takes what
+            `tokenizer.apply_chat_template` returns.
 
         Raises:
             UserError: the model cannot be found, read, or used as asked; the message says what to
@@ -106,14 +108,16 @@ class FastLanguageModel:
         if model_name and is_adapter_folder(model_name):
             if trains_all is not None:
                 raise UserError("full_finetuning takes a model, not adapters", got=model_name)
-            loaded = load_adapter_folder(model_name, max_seq_length, *load_args, **options)
+            with unknown_arguments_named(kwargs):
+                loaded = load_adapter_folder(model_name, max_seq_length, *load_args, **options)
             bind_export_methods(loaded[0])
             return loaded
         if trains_all is not None:
             refuse_quantised_checkpoint(
                 model_name, token=token, revision=revision, trust_remote_code=trust_remote_code
             )
-        loaded = load_model_and_tokenizer(model_name, max_seq_length, *load_args, **options)
+        with unknown_arguments_named(kwargs):
+            loaded = load_model_and_tokenizer(model_name, max_seq_length, *load_args, **options)
         bind_export_methods(loaded[0])
         if trains_all is not None:
             train_every_weight(loaded[0], trains_all)

@@ -25,12 +25,16 @@ def PatchFastRL(algorithm: str | None = None, FastLanguageModel: Any = None) -> 
 
 
 def is_bfloat16_supported() -> bool:
-    """Whether this machine computes in bfloat16 natively; a T4 does not, though torch says so."""
+    """Whether the GPU computes in bfloat16 natively; a T4 does not, though torch says so.
+
+    False without a GPU, as `torch.cuda.is_bf16_supported()` is: transformers' TrainingArguments
+    refuses bf16=True there. What a CPU computes in is chosen when the model is loaded.
+    """
     import torch
 
     from colab_qlora.dtypes import pick_compute_dtype
 
-    return pick_compute_dtype() == torch.bfloat16
+    return torch.cuda.is_available() and pick_compute_dtype() == torch.bfloat16
 
 
 is_bf16_supported = is_bfloat16_supported

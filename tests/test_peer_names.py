@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import pytest
 
 import colab_qlora
-from colab_qlora import environment
 
 TUTORIAL_NAMES = (
     "FastLanguageModel",
@@ -65,12 +66,22 @@ def test_a_t4_has_no_bfloat16_whatever_torch_says(
     assert colab_qlora.is_bf16_supported() is native
 
 
-def test_on_a_cpu_it_is_what_the_environment_reports(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_tutorials_precision_arguments_construct_without_a_gpu(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
     torch = pytest.importorskip("torch")
-    if torch.cuda.is_available():
-        pytest.skip("about machines without a GPU")
-    expected = environment.inspect_environment().compute_dtype == "bfloat16"
-    assert colab_qlora.is_bfloat16_supported() is expected
+    transformers = pytest.importorskip("transformers")
+    from colab_qlora import dtypes
+
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    # as of a CPU with bfloat16 instructions
+    monkeypatch.setattr(dtypes, "pick_compute_dtype", lambda *a: torch.bfloat16)
+    assert colab_qlora.is_bfloat16_supported() is False
+    transformers.TrainingArguments(
+        str(tmp_path),
+        fp16=not colab_qlora.is_bfloat16_supported(),
+        bf16=colab_qlora.is_bf16_supported(),
+    )
 
 
 def test_unsloth_train_is_train() -> None:

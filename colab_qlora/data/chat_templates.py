@@ -31,6 +31,8 @@ from colab_qlora.data.template_texts import BY_NAME, FORMATS
 from colab_qlora.data.wording import shown
 from colab_qlora.errors import UserError
 
+# name or alias -> format; the name that tutorials print the keys of
+CHAT_TEMPLATES = BY_NAME
 MAPPING_KEYS = ("role", "content", USER, ASSISTANT, SYSTEM)
 # in this order; the first three are reserved for it or unused in every model that has them
 PAD_CANDIDATES = (
@@ -50,7 +52,7 @@ PAD_CANDIDATES = (
 
 def get_chat_template(
     tokenizer: Any,
-    chat_template: str | Sequence[str] = "chatml",
+    chat_template: str | Sequence[str] | ChatFormat = "chatml",
     mapping: Mapping[str, str] | None = None,
     map_eos_token: bool = True,
     system_message: str | None = None,
@@ -64,7 +66,7 @@ def get_chat_template(
     Args:
         tokenizer: a Hugging Face tokenizer; it is changed in place.
         chat_template: a format's name or alias (the table is `template_texts.FORMATS`), or your own
-            `(jinja_text, eos_token)`.
+            `(jinja_text, eos_token)`, in which "eos_token" stands for the tokenizer's; or a format.
         mapping: what your data calls the keys "role" and "content" and the roles "user",
             "assistant" and "system", as in {"role": "from", "content": "value", "user": "human",
             "assistant": "gpt"}. The usual names are understood as well.
@@ -86,7 +88,7 @@ def get_chat_template(
     require_tokenizer(tokenizer)
     mapping = checked_mapping(mapping)
     entry = find_format(chat_template)
-    is_own = not isinstance(chat_template, str)
+    is_own = not isinstance(chat_template, (str, ChatFormat))
     if is_own and system_message is not None:
         raise UserError(
             "system_message is only known to the formats that have a name",
@@ -167,14 +169,18 @@ def _choose_pad(tokenizer: Any, entry: ChatFormat, notes: list[str]) -> None:
 
 
 def find_format(template: object) -> ChatFormat:
-    """The format of that name or alias, or one made of (jinja_text, eos_token)."""
+    """The format of that name or alias, one made of (jinja_text, eos_token), or itself."""
+    if isinstance(template, ChatFormat):
+        return template
     if isinstance(template, str) and template in BY_NAME:
         return BY_NAME[template]
     if isinstance(template, (tuple, list)) and len(template) == 2:
         text, eos_token = template
         if isinstance(text, str) and text and isinstance(eos_token, str) and eos_token:
+            # tutorials pass this name, which is Jinja's for the tokenizer's own
+            turn_end = None if eos_token == "eos_token" else eos_token
             return ChatFormat(
-                "of your own", text, source="", turn_end=eos_token, eos_token=eos_token, roles=()
+                "of your own", text, source="", turn_end=turn_end, eos_token=eos_token, roles=()
             )
     near = difflib.get_close_matches(str(template).lower(), BY_NAME, n=1)
     suggestion = BY_NAME[near[0]].name if near else "chatml"

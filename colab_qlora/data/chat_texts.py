@@ -9,8 +9,10 @@ from colab_qlora.data.chat_templates import (
     adds_bos,
     checked_mapping,
     find_format,
+    get_chat_template,
     require_tokenizer,
 )
+from colab_qlora.data.example_template import format_of_example, is_example
 from colab_qlora.data.template_parts import ASSISTANT, SYSTEM, USER
 from colab_qlora.data.wording import first_few, kind_of, shown
 from colab_qlora.errors import UserError
@@ -67,6 +69,9 @@ def apply_chat_template(
     column: str | None = None,
     text_column: str = "text",
     add_generation_prompt: bool = False,
+    *,
+    chat_template: str | None = None,
+    default_system_message: str | None = None,
 ) -> Any:
     """Lay out every conversation of a dataset as one text.
 
@@ -79,15 +84,19 @@ def apply_chat_template(
         column: where the messages are; None looks for "conversations", then "messages".
         text_column: where the text goes.
         add_generation_prompt: end with the heading of an answer.
+        chat_template: set the tokenizer's first: a format's name, or an example of a conversation
+            with {INPUT}, {OUTPUT} and {SYSTEM}; see `example_template.py`.
+        default_system_message: with it, the system text of a conversation that brings none.
 
     Returns:
         The dataset with `text_column`; a list for a list.
 
     Raises:
-        UserError: the tokenizer has no chat template, a row has no messages, or the template
-            refuses them.
+        UserError: the tokenizer has no chat template, `chat_template` cannot be read, a row has no
+            messages, or the template refuses them.
     """
     require_tokenizer(tokenizer)
+    _set_template(tokenizer, chat_template, default_system_message)
     if not tokenizer.chat_template:
         raise UserError(
             "the tokenizer has no chat template",
@@ -105,6 +114,23 @@ def apply_chat_template(
     if hasattr(dataset, "map"):
         return dataset.map(lay_out, with_indices=True)
     return [{**row, **lay_out(row, index)} for index, row in enumerate(dataset)]
+
+
+def _set_template(tokenizer: Any, template: str | None, system: str | None) -> None:
+    if template is None:
+        if system is not None:
+            raise UserError(
+                "default_system_message needs a chat_template to stand in",
+                got=shown(system),
+                allowed="both or neither",
+                do="Pass chat_template too, or get_chat_template(..., system_message=...)",
+            )
+    elif is_example(template):
+        get_chat_template(tokenizer, format_of_example(template, tokenizer, system))
+        if system is None and "{SYSTEM}" in template:
+            print("chat template of your own: {SYSTEM} is empty where a conversation brings none.")
+    else:
+        get_chat_template(tokenizer, template, system_message=system)
 
 
 def _render(messages: Any, tokenizer: Any, index: int, add_generation_prompt: bool) -> str:

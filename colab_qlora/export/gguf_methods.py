@@ -14,6 +14,9 @@ from typing import Any
 
 from colab_qlora.errors import UserError
 
+# a name, several of them, or None
+Wanted = str | Iterable[str] | None
+DEFAULT = "q8_0"
 # what tutorials call them: name -> method
 ALIASES = {
     "not_quantized": "f16",
@@ -80,18 +83,25 @@ METHODS = {method.name: method for method in _METHODS}
 OURS = tuple(method.name for method in _METHODS if method.is_ours)
 
 
-def find_methods(quantization_method: str | Iterable[str]) -> list[GgufMethod]:
+def find_methods(quantization_method: Wanted, quantization_type: Wanted = None) -> list[GgufMethod]:
     """The methods of that name, or of a list of names, each once and in order.
 
+    Args:
+        quantization_method: None for `DEFAULT`.
+        quantization_type: another name of quantization_method in tutorials; one of them is None.
+
     Raises:
-        UserError: an unknown name, or none at all.
+        UserError: an unknown name, or none at all, or both arguments with different values.
     """
-    names: list[Any]
-    if isinstance(quantization_method, str):
-        names = [quantization_method]
-    else:
-        is_list = isinstance(quantization_method, Iterable)
-        names = list(quantization_method) if is_list else [quantization_method]
+    if quantization_type is not None:
+        if quantization_method not in (None, quantization_type):
+            raise UserError(
+                "quantization_method and quantization_type are both set",
+                got=f"{quantization_method!r} and {quantization_type!r}",
+                allowed="one of them; they mean the same",
+            )
+        quantization_method = quantization_type
+    names = _as_list(DEFAULT if quantization_method is None else quantization_method)
     found: dict[str, GgufMethod] = {}
     for name in names:
         plain = name.lower().replace("-", "_") if isinstance(name, str) else name
@@ -102,6 +112,11 @@ def find_methods(quantization_method: str | Iterable[str]) -> list[GgufMethod]:
     if not found:
         raise _unknown("nothing")
     return list(found.values())
+
+
+def _as_list(names: Any) -> list[Any]:
+    is_list = isinstance(names, Iterable) and not isinstance(names, str)
+    return list(names) if is_list else [names]
 
 
 def _unknown(name: object) -> UserError:

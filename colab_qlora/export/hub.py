@@ -9,12 +9,12 @@ from __future__ import annotations
 
 import inspect
 import tempfile
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from colab_qlora.export.gguf_methods import find_methods
+from colab_qlora.export.gguf_methods import Wanted, find_methods
 from colab_qlora.export.hub_errors import readable_hub_errors
 from colab_qlora.export.hub_token import find_token
 from colab_qlora.export.merged import check_save_method, save_pretrained_merged
@@ -88,14 +88,16 @@ def push_to_hub_gguf(
     model: Any,
     repo_id: str,
     tokenizer: Any = None,
-    quantization_method: str | Iterable[str] = "q8_0",
+    quantization_method: Wanted = None,
     *,
+    quantization_type: Wanted = None,
     token: str | None = None,
     private: bool | None = None,
     **options: Any,
 ) -> str:
     """Upload what `save_pretrained_gguf` writes; arguments as of it and of `push_to_hub`."""
-    methods = [method.name for method in find_methods(quantization_method)]
+    found = find_methods(quantization_method, quantization_type)
+    methods = [method.name for method in found]
     repository, options = open_repository(repo_id, token, private, options)
 
     def save(folder: Path) -> None:

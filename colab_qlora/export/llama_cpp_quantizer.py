@@ -26,8 +26,9 @@ def load_llama_cpp(methods: Sequence[GgufMethod]) -> Any:
         return importlib.import_module("llama_cpp")
     except (ImportError, OSError, RuntimeError) as error:
         names = ", ".join(method.name for method in methods)
+        verb = "is" if len(methods) == 1 else "are"
         raise UserError(
-            f"{names} is made by llama.cpp's quantizer, whose Python binding is not there",
+            f"{names} {verb} made by llama.cpp's quantizer, whose Python binding is not there",
             got=next(iter(str(error).splitlines()), type(error).__name__),
             allowed=f"{', '.join(OURS)} without it",
             do="Run pip install llama-cpp-python (it is compiled, 10 to 25 minutes), or pass "

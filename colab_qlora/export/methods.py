@@ -1,4 +1,4 @@
-"""The saving functions as methods of one model, as tutorials call them.
+"""The saving functions, and a few others that tutorials call, as methods of one model.
 
 They are set on the instance; no class is changed, and a model that was not passed to
 `bind_export_methods` has none of them. A method knows its model by a weak reference: with a strong
@@ -17,11 +17,15 @@ from colab_qlora.errors import UserError
 
 # name of the method and of the function -> its module
 METHODS = {
-    "save_pretrained_merged": "merged",
-    "save_pretrained_gguf": "save_gguf",
-    "push_to_hub": "hub",
-    "push_to_hub_merged": "hub",
-    "push_to_hub_gguf": "hub",
+    "save_pretrained_merged": "export.merged",
+    "save_pretrained_gguf": "export.save_gguf",
+    "push_to_hub": "export.hub",
+    "push_to_hub_merged": "export.hub",
+    "push_to_hub_gguf": "export.hub",
+    "generate": "models.peer_methods",
+    "save_lora": "models.peer_methods",
+    "load_lora": "models.peer_methods",
+    "fast_generate": "models.peer_methods",
 }
 
 
@@ -48,7 +52,7 @@ class ExportMethod:
         model = self._model()
         if model is None:
             raise UserError(
-                f"the model that {self.name} is to save was deleted",
+                f"the model that {self.name} belongs to was deleted",
                 do="Keep the model in a variable, as in model = ..., and call the method of that",
             )
         return model
@@ -63,7 +67,7 @@ class ExportMethod:
     def __repr__(self) -> str:
         model = self._model()
         owner = "deleted model" if model is None else type(model).__name__
-        return f"<colab_qlora.export {self.name} of a {owner}>"
+        return f"<colab_qlora {self.name} of a {owner}>"
 
     def __deepcopy__(self, memo: dict[int, Any]) -> ExportMethod:
         # the copy of the model is in the memo if that is what is being copied
@@ -75,12 +79,12 @@ class ExportMethod:
         return ExportMethod, (self.model, self.name)
 
     def _function(self) -> Any:
-        module = importlib.import_module(f"colab_qlora.export.{METHODS[self.name]}")
+        module = importlib.import_module(f"colab_qlora.{METHODS[self.name]}")
         return getattr(module, self.name)
 
 
 def bind_export_methods(model: Any) -> Any:
-    """Give one model `save_pretrained_merged`, `save_pretrained_gguf` and `push_to_hub*`.
+    """Give one model `save_pretrained_merged`, `save_pretrained_gguf` and its like: `METHODS`.
 
     Args:
         model: a transformers model or a `PeftModel`. Each of the two needs its own: what a

@@ -11,7 +11,7 @@ from typing import Any
 
 from colab_qlora.errors import UserError
 from colab_qlora.host import host_memory_gib
-from colab_qlora.models.peer_arguments import HONOURED, REFUSED, PeerArgument
+from colab_qlora.models.peer_arguments import HONOURED, PeerArgument
 from colab_qlora.quantization.shard_writer import MAX_SHARD_BYTES
 
 # share of the free host memory that a shard may take: other parts of the export need some too
@@ -56,6 +56,9 @@ TABLE: tuple[PeerArgument, ...] = (
         HONOURED,
         "a name or a list; `q8_0` if it is left out; `q2_k` to `q6_k` want llama-cpp-python",
     ),
+    PeerArgument(
+        "quantization_type", (GGUF, PUSH_GGUF), HONOURED, "another name of quantization_method"
+    ),
     *_rows(
         HONOURED,
         _EVERY,
@@ -99,40 +102,27 @@ TABLE: tuple[PeerArgument, ...] = (
     ),
     PeerArgument("max_shard_size", (GGUF, PUSH_GGUF), WITHOUT_EFFECT, "a GGUF file is never split"),
     PeerArgument("use_temp_dir", _PUSH, WITHOUT_EFFECT, "uploads come from a temporary folder"),
-    PeerArgument(
-        "quantization_type",
-        (GGUF, PUSH_GGUF),
-        REFUSED,
-        "an older name of quantization_method",
-        (None,),
-        do="Pass its value as quantization_method",
-    ),
 )
 # name -> row, of what the functions take beside their own arguments
 _WITHOUT_EFFECT = {row.name: row for row in TABLE if row.verdict == WITHOUT_EFFECT}
-_REFUSED = {row.name: row for row in TABLE if row.verdict == REFUSED}
 
 
 def check_options(options: Mapping[str, Any]) -> None:
     """Say once, in one line, which keyword arguments have no effect here.
 
     Raises:
-        UserError: an unknown one, or one that is refused.
+        UserError: an unknown one.
     """
     refuse_unknown(options)
-    given = [n for n, value in options.items() if n not in _REFUSED and value not in (None, True)]
+    given = [name for name, value in options.items() if value not in (None, True)]
     if given:
         reasons = "; ".join(f"{name} ({_WITHOUT_EFFECT[name].what})" for name in given)
         print(f"colab_qlora: without an effect: {reasons}.")
 
 
 def refuse_unknown(options: Mapping[str, Any]) -> None:
-    """Raise UserError if there is a keyword argument that is not known, or is refused."""
-    for name in _REFUSED.keys() & options.keys():
-        row, value = _REFUSED[name], options[name]
-        if value not in row.harmless:
-            raise UserError(f"{name} is not to be had here: {row.what}", got=repr(value), do=row.do)
-    unknown = sorted(set(options) - _WITHOUT_EFFECT.keys() - _REFUSED.keys())
+    """Raise UserError if there is a keyword argument that is not known."""
+    unknown = sorted(set(options) - _WITHOUT_EFFECT.keys())
     if unknown:
         raise UserError(
             "unknown keyword argument",

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from os import PathLike
 from pathlib import Path
@@ -15,7 +15,7 @@ from colab_qlora.errors import UserError
 from colab_qlora.export.base_weights import merged_weights
 from colab_qlora.export.gguf_architecture import Architecture, read_architecture
 from colab_qlora.export.gguf_file import write_gguf_files
-from colab_qlora.export.gguf_methods import METHODS, GgufMethod, find_methods
+from colab_qlora.export.gguf_methods import METHODS, GgufMethod, Wanted, find_methods
 from colab_qlora.export.gguf_tensors import GgufTensor, gguf_tensors
 from colab_qlora.export.gguf_tokenizer import Vocabulary, read_vocabulary
 from colab_qlora.export.llama_cpp_quantizer import load_llama_cpp, quantize_file
@@ -37,8 +37,9 @@ def save_pretrained_gguf(
     model: Any,
     save_directory: str | PathLike[str],
     tokenizer: Any = None,
-    quantization_method: str | Iterable[str] = "q8_0",
+    quantization_method: Wanted = None,
     *,
+    quantization_type: Wanted = None,
     base_model: str | None = None,
     maximum_memory_usage: float = MEMORY_SHARE,
     push_to_hub: bool = False,
@@ -57,7 +58,8 @@ def save_pretrained_gguf(
         tokenizer: goes into the files with its chat template; None for the base model's.
         quantization_method: of `gguf_methods.METHODS`, or a list of several: f32, f16, bf16, q8_0
             (8.5 bits a weight), q5_1, q5_0, q4_1, q4_0 (4.5); with llama-cpp-python installed also
-            q6_k, q5_k_m, q4_k_m (4.9), q3_k_m, q2_k and their kin.
+            q6_k, q5_k_m, q4_k_m (4.9), q3_k_m, q2_k and their kin. None for q8_0.
+        quantization_type: another name of quantization_method.
         base_model: as of `save_pretrained_merged`.
         maximum_memory_usage: share of the free host memory, above 0 and at most 1; files are
             written one tensor at a time, which needs less in any case.
@@ -76,7 +78,7 @@ def save_pretrained_gguf(
     Example:
         >>> save_pretrained_gguf(model, "model", tokenizer, quantization_method=["f16", "q8_0"])
     """
-    methods = find_methods(quantization_method)
+    methods = find_methods(quantization_method, quantization_type)
     repository = None
     if push_to_hub:
         from colab_qlora.export.hub import open_repository

@@ -9,7 +9,10 @@ that are not here are passed on to them.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+import difflib
+import re
+from collections.abc import Collection, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -111,6 +114,7 @@ TABLE: tuple[PeerArgument, ...] = (
     ),
     PeerArgument("use_safetensors", (LOAD,), REFUSED, "pickled weights can run code", (None, True)),
     PeerArgument("auto_model", (LOAD,), REFUSED, _TEXT),
+    PeerArgument("num_labels", (LOAD,), REFUSED, "only models that write text are loaded"),
     PeerArgument("whisper_language", (LOAD,), REFUSED, _TEXT),
     PeerArgument("whisper_task", (LOAD,), REFUSED, _TEXT),
     PeerArgument(
@@ -183,6 +187,30 @@ def check_peer_arguments(where: str, given: dict[str, Any]) -> None:
         is_harmless = any(value is each or value == each for each in row.harmless)
         if row.verdict == REFUSED and not is_harmless:
             raise UserError(f"{name} is not to be had here: {row.what}", got=repr(value), do=row.do)
+
+
+@contextmanager
+def unknown_arguments_named(given: Collection[str]) -> Iterator[None]:
+    """Turn a model class's word on a keyword argument that nobody knows into one sentence.
+
+    Args:
+        given: names of the arguments that were passed on to transformers.
+
+    Raises:
+        UserError: one of them is unknown; the message says what it may have been meant to be.
+    """
+    try:
+        yield
+    except TypeError as error:
+        found = re.search(r"unexpected keyword argument '(\w+)'", str(error))
+        if found is None or found[1] not in given:
+            raise
+        close = difflib.get_close_matches(found[1], [r.name for r in TABLE if LOAD in r.where])
+        raise UserError(
+            f"from_pretrained has no argument {found[1]}",
+            allowed=f"such as {', '.join(close)}" if close else None,
+            do="Check the spelling, or leave it out",
+        ) from error
 
 
 def as_markdown(table: Sequence[PeerArgument] = TABLE) -> str:

@@ -18,6 +18,7 @@ from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from colab_qlora.data.row_formatting import row_formatting
 from colab_qlora.errors import UserError
 
 
@@ -140,6 +141,8 @@ VALUES: dict[str, dict[Any, Any]] = {
     "packing_strategy": {"ffd": "bfd"},
     # None once meant every logger that is installed
     "report_to": {None: "none"},
+    # tutorials turn it off so, for a run of num_train_epochs
+    "max_steps": {None: -1},
 }
 
 # keys of dataset_kwargs that today's releases do without
@@ -185,7 +188,8 @@ def trainer_arguments(
     """Take what belongs to SFTConfig out of the arguments of a trainer.
 
     Args:
-        kwargs: the arguments; those that `trainer` does not take are removed.
+        kwargs: the arguments; those that `trainer` does not take are removed, and a formatting_func
+            for batches becomes one for rows.
         trainer: the class that takes the rest.
         known: the fields that the installed SFTConfig has.
 
@@ -197,6 +201,8 @@ def trainer_arguments(
     """
     if kwargs.get("model_init") is not None:
         raise UserError("model_init has no counterpart", do="Pass the loaded model as model=")
+    if kwargs.get("formatting_func") is not None:
+        kwargs["formatting_func"] = row_formatting(kwargs["formatting_func"])
     takes = inspect.signature(trainer.__init__).parameters
     moved = {name: kwargs.pop(name) for name in list(kwargs) if name not in takes}
     moved = {name: value for name, value in moved.items() if value is not None}

@@ -627,6 +627,14 @@ def test_a_template_of_your_own_whose_end_is_missing(printed: Callable[[], str])
     assert "<end> is not in the vocabulary, and </s>" in printed()
 
 
+def test_eos_token_as_the_end_of_a_template_is_the_tokenizers(printed: Callable[[], str]) -> None:
+    tokenizer = make_tokenizer(eos_token="</s>", pad_token="<pad>")
+    own = OWN.replace("<end>", "{{ eos_token }}")
+    get_chat_template(tokenizer, (own, "eos_token"), mapping=SHAREGPT)
+    assert rendered(tokenizer, THEIRS[1:2]) == "user=Hello</s>"
+    assert tokenizer.eos_token == "</s>" and printed() == ""
+
+
 def test_a_system_text_for_conversations_without(refused: Callable[..., str]) -> None:
     for name in ("chatml", "mistral", "vicuna", "gemma-3", "qwen-2.5", "llama-3.1"):
         tokenizer = get_chat_template(
@@ -789,6 +797,7 @@ def test_the_module_of_the_tutorials_has_the_same_functions() -> None:
     assert tutorials.get_chat_template is get_chat_template
     assert tutorials.check_conversation is check_conversation
     assert tutorials.apply_chat_template is apply_chat_template
+    assert {"chatml", "llama-3.1", "gemma3"} <= tutorials.CHAT_TEMPLATES.keys()
     assert dir(tutorials) == sorted(tutorials.__all__)
     with pytest.raises(AttributeError, match="no attribute 'nothing'"):
         _ = tutorials.nothing

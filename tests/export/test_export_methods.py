@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import gc
+import importlib
 import inspect
 import pickle
 import subprocess
@@ -21,7 +22,6 @@ safetensors_torch = pytest.importorskip("safetensors.torch")
 from model_files import adapted, byte_level, write_model  # noqa: E402
 from small_checkpoint import load_nf4  # noqa: E402
 
-import colab_qlora.export as export  # noqa: E402
 from colab_qlora import FastLanguageModel, UserError  # noqa: E402
 from colab_qlora.export import bind_export_methods  # noqa: E402
 from colab_qlora.export.methods import METHODS  # noqa: E402
@@ -107,7 +107,7 @@ def test_a_deleted_model_is_freed_at_once(folder):
 
 def test_a_method_of_a_deleted_model_says_so():
     method = bind_export_methods(torch.nn.Linear(2, 2)).push_to_hub
-    with pytest.raises(UserError, match=r"push_to_hub is to save was deleted. Keep the model in a"):
+    with pytest.raises(UserError, match=r"push_to_hub belongs to was deleted. Keep the model in a"):
         method("name")
     assert "of a deleted model" in repr(method) and "hub" in method.__doc__
     model = bind_export_methods(torch.nn.Linear(2, 2))
@@ -117,7 +117,8 @@ def test_a_method_of_a_deleted_model_says_so():
 def test_help_is_the_functions():
     model = bind_export_methods(torch.nn.Linear(2, 2))
     for name in METHODS:
-        function = getattr(export, name)
+        module = importlib.import_module(f"colab_qlora.{METHODS[name]}")
+        function = getattr(module, name)
         assert inspect.getdoc(getattr(model, name)) == inspect.getdoc(function)
         assert name in repr(getattr(model, name))
         assert next(iter(inspect.signature(function).parameters)) == "model"

@@ -111,7 +111,12 @@ def test_merged(model, tokenizer, hub, tmp_path, scratch, method):
 
 def test_gguf(model, tokenizer, hub, tmp_path, scratch):
     push_to_hub_gguf(
-        model, "ada/gguf", tokenizer, ["f16", "q8_0"], token=TOKEN, endpoint=hub.endpoint
+        model,
+        "ada/gguf",
+        tokenizer,
+        quantization_type=["F16", "q8_0"],
+        token=TOKEN,
+        endpoint=hub.endpoint,
     )
     save_pretrained_gguf(model, tmp_path / "out", tokenizer, ["f16", "q8_0"])
     assert hub.files("ada/gguf") == on_disk(tmp_path / "out")

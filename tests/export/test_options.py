@@ -1,4 +1,4 @@
-"""Arguments of the saving functions in tutorials: honoured, without an effect, or refused."""
+"""Arguments of the saving functions in tutorials: honoured, without an effect, or unknown."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from colab_qlora import UserError  # noqa: E402
 from colab_qlora import export as functions  # noqa: E402
 from colab_qlora.export import options  # noqa: E402
 from colab_qlora.export.hub import open_repository  # noqa: E402
-from colab_qlora.models.peer_arguments import HONOURED, REFUSED, as_markdown  # noqa: E402
+from colab_qlora.models.peer_arguments import HONOURED, as_markdown  # noqa: E402
 
 SAVING = (
     "tokenizer token is_main_process state_dict save_function max_shard_size safe_serialization "
@@ -97,24 +97,7 @@ def test_what_has_no_effect_changes_nothing_and_is_said(
         assert other == plain
 
 
-REFUSALS = [(where, row) for row in options.TABLE if row.verdict == REFUSED for where in row.where]
-
-
-@pytest.mark.parametrize(("where", "row"), REFUSALS, ids=[where for where, _ in REFUSALS])
-def test_refused_in_one_sentence_unless_it_asks_for_nothing(
-    model: Any, tmp_path: Path, where: str, row: Any
-) -> None:
-    with pytest.raises(UserError) as caught:
-        getattr(functions, where)(model, str(tmp_path / "out"), **{row.name: "Q8_0"})
-    message = str(caught.value)
-    assert message == f"{row.name} is not to be had here: {row.what}: got 'Q8_0'. {row.do}."
-    assert list(tmp_path.iterdir()) == []
-    options.check_options({row.name: row.harmless[-1]})
-
-
 def test_a_push_refuses_before_it_asks_for_a_token() -> None:
-    with pytest.raises(UserError, match="quantization_type is not to be had here"):
-        open_repository("ada/gguf", None, None, {"quantization_type": "Q8_0"})
     with pytest.raises(UserError, match="unknown keyword argument: got max_shrad"):
         open_repository("ada/gguf", None, None, {"max_shrad": "5GB"})
 

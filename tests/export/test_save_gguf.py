@@ -227,7 +227,7 @@ def test_a_number_beyond_float16(folder, tokenizer, tmp_path):
     assert read_gguf(file)[1]["output.weight"][1].max() == pytest.approx(1e5, rel=1e-2)
 
 
-@pytest.mark.parametrize("method", ["q9_0", "", "iq2_xxs", None, 4, [], ["q8_0", "best"]])
+@pytest.mark.parametrize("method", ["q9_0", "", "iq2_xxs", 4, [], ["q8_0", "best"]])
 def test_an_unknown_method_is_refused_with_the_list(folder, tokenizer, tmp_path, method):
     with pytest.raises(UserError, match=r"unknown: got .*f32, f16, bf16, q8_0.*q4_k_m"):
         save_pretrained_gguf(load_nf4(folder), tmp_path / "out", tokenizer, method)
@@ -238,13 +238,29 @@ def test_names_of_tutorials():
     names = ["not_quantized", "fast_quantized", "quantized", "Q4_K_M", "q5-k-m", "q8_0"]
     found = [method.name for method in find_methods(names)]
     assert found == ["f16", "q8_0", "q4_k_m", "q5_k_m"]
+    assert find_methods(None) == find_methods("q8_0")
+
+
+def test_quantization_type_is_another_name_of_the_method(folder, tokenizer, tmp_path):
+    model = load_nf4(folder)
+    for given in ("Q4_0", ["q4_0"]):
+        [file] = save_pretrained_gguf(model, tmp_path / "out", tokenizer, quantization_type=given)
+        assert file.name.endswith(".Q4_0.gguf")
+    both = {"quantization_method": "q8_0", "quantization_type": "q8_0"}
+    [file] = save_pretrained_gguf(model, tmp_path / "both", tokenizer, **both)
+    assert file.name.endswith(".Q8_0.gguf")
+    with pytest.raises(UserError, match="are both set: got 'f16' and 'Q8_0'; allowed: one of them"):
+        save_pretrained_gguf(model, tmp_path / "no", tokenizer, "f16", quantization_type="Q8_0")
+    assert not (tmp_path / "no").exists()
 
 
 def test_without_llama_cpp_one_sentence_says_what_to_install(
     folder, tokenizer, tmp_path, monkeypatch
 ):
     monkeypatch.setitem(sys.modules, "llama_cpp", None)
-    with pytest.raises(UserError, match=r"q4_k_m, q6_k is made by.*f32.*q4_0 without it.*pip inst"):
+    with pytest.raises(
+        UserError, match=r"q4_k_m, q6_k are made by.*f32.*q4_0 without it.*pip inst"
+    ):
         save_pretrained_gguf(
             load_nf4(folder), tmp_path / "out", tokenizer, ["q8_0", "q4_k_m", "q6_k"]
         )

@@ -108,6 +108,18 @@ def test_refused_in_one_sentence_unless_it_asks_for_nothing(
     assert given == {"other": 1}
 
 
+def test_an_unknown_argument_is_named_with_what_may_be_meant(tiny_model_folder: Path) -> None:
+    with pytest.raises(UserError) as caught:
+        _load(tiny_model_folder, fast_inferense=False)
+    assert str(caught.value) == (
+        "from_pretrained has no argument fast_inferense: allowed: such as fast_inference. "
+        "Check the spelling, or leave it out."
+    )
+    # an error of another call is not one of these arguments'
+    with pytest.raises(TypeError, match="other"), peers.unknown_arguments_named(["mine"]):
+        (lambda: None)(other=1)  # type: ignore[call-arg]
+
+
 def test_table_as_markdown_has_a_row_for_each() -> None:
     lines = peers.as_markdown().splitlines()
     assert lines[0] == "| argument of | name | here | what it does |"

@@ -160,6 +160,7 @@ def test_warmup_steps_win_over_the_ratio_as_they_did(tmp_path: Path) -> None:
 def test_values_with_another_name(tmp_path: Path) -> None:
     config = SFTConfig(str(tmp_path), optim="adamw_hf", packing_strategy="ffd", report_to=None)
     assert (config.optim, config.packing_strategy, config.report_to) == ("adamw_torch", "bfd", [])
+    assert SFTConfig(str(tmp_path), max_steps=None, num_train_epochs=2).max_steps == -1
     keys = {"add_special_tokens": False, "append_concat_token": False}
     assert SFTConfig(str(tmp_path), dataset_kwargs=keys).dataset_kwargs is None
     kept = SFTConfig(str(tmp_path), dataset_kwargs={**keys, "skip_prepare_dataset": True})
@@ -206,6 +207,19 @@ def test_trainer_refuses_what_has_no_counterpart(
 ) -> None:
     with pytest.raises(UserError, match=message):
         make_trainer(rows=ROWS, trainer=older)
+
+
+@pytest.mark.model
+def test_a_formatting_function_for_batches(make_trainer: Callable[..., Any]) -> None:
+    rows = [{"ask": f"after {i}?", "say": str(i + 1)} for i in range(4)]
+
+    def formatting(examples: Any) -> list[str]:
+        return [f"{a} {s}" for a, s in zip(examples["ask"], examples["say"], strict=False)]
+
+    trainer = make_trainer(rows=rows, max_steps=1, trainer={"formatting_func": formatting})
+    ids = [row["input_ids"] for row in trainer.train_dataset]
+    texts = trainer.processing_class.batch_decode(ids, skip_special_tokens=True)
+    assert [text.strip() for text in texts] == [f"after {i}? {i + 1}" for i in range(4)]
 
 
 def test_report_to_none_of_plain_arguments_is_no_logger(tmp_path: Path) -> None:

@@ -126,9 +126,8 @@ def _cells(folder: Path) -> dict[str, Any]:
         tokenize=True,
         add_generation_prompt=True,
         return_tensors="pt",
-        return_dict=True,
     ).to(model.device)
-    outputs = model.generate(**inputs, max_new_tokens=4, use_cache=True)
+    outputs = model.generate(input_ids=inputs, max_new_tokens=4, use_cache=True)
     model.save_pretrained("lora_model")
     tokenizer.save_pretrained("lora_model")
     return {
