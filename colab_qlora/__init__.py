@@ -18,6 +18,7 @@ _EXPORTS = {
     "EarlyStopping": "training.early_stopping",
     "FastLanguageModel": "fast_language_model",
     "FastModel": "fast_language_model",
+    "FastVisionModel": "peer_names",
     "PatchDPOTrainer": "peer_names",
     "PatchFastRL": "peer_names",
     "SFTConfig": "training.arguments",
@@ -51,6 +52,7 @@ __all__ = [
     "EarlyStopping",
     "FastLanguageModel",
     "FastModel",
+    "FastVisionModel",
     "PatchDPOTrainer",
     "PatchFastRL",
     "SFTConfig",
@@ -99,6 +101,7 @@ if TYPE_CHECKING:
     from colab_qlora.models.fuse import restore
     from colab_qlora.models.memory_planning import plan_memory
     from colab_qlora.peer_names import (
+        FastVisionModel,
         PatchDPOTrainer,
         PatchFastRL,
         is_bf16_supported,

@@ -132,7 +132,7 @@ class FastLanguageModel:
         lora_dropout: float = 0.0,
         bias: str = "none",
         use_gradient_checkpointing: bool | str = "smart",
-        random_state: int = 3407,
+        random_state: int | None = 3407,
         *,
         use_fused_layers: bool = True,
         memory_budget_gib: float | None = None,
@@ -152,7 +152,8 @@ class FastLanguageModel:
                 "smart" ("unsloth" is another name for it) plans every batch: keeps what fits, sends
                 to the host what can travel while the GPU computes, and recomputes the rest; see
                 `plan_memory`.
-            random_state: seed of the adapters' start; the global random state is left alone.
+            random_state: seed of the adapters' start, None for one that differs every time; the
+                global random state is left alone.
             use_fused_layers: compute decoder layers and loss by the kit's kernels where the model
                 allows it; `describe(model)` lists what was swapped, `restore(model)` undoes it.
             memory_budget_gib: with "smart", most GPU memory (torch.cuda.max_memory_allocated) in

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, NoReturn
+
+from colab_qlora.errors import UserError
 
 _NOTHING = (
     "colab_qlora: {name} does nothing, as nothing is patched here: TRL's trainers take the model "
@@ -22,6 +24,24 @@ def PatchFastRL(algorithm: str | None = None, FastLanguageModel: Any = None) -> 
         algorithm, FastLanguageModel: not used; tutorials pass them.
     """
     print(_NOTHING.format(name="PatchFastRL()"), flush=True)
+
+
+class FastVisionModel:
+    """Images are not trained on here: loading such a model says so."""
+
+    @staticmethod
+    def from_pretrained(model_name: str | None = None, *args: Any, **kwargs: Any) -> NoReturn:
+        """Refuse.
+
+        Raises:
+            UserError: always.
+        """
+        raise UserError(
+            "models for images are not to be had here",
+            got=f"FastVisionModel.from_pretrained({model_name!r})",
+            allowed="models that read and write text",
+            do="Take FastLanguageModel and a text model, or another kit for images",
+        )
 
 
 def is_bfloat16_supported() -> bool:

@@ -11,6 +11,7 @@ import colab_qlora
 TUTORIAL_NAMES = (
     "FastLanguageModel",
     "FastModel",
+    "FastVisionModel",
     "PatchDPOTrainer",
     "PatchFastRL",
     "UnslothTrainer",
@@ -92,3 +93,8 @@ def test_unsloth_train_is_train() -> None:
     assert colab_qlora.unsloth_train(Trainer(), resume_from_checkpoint=True) == {
         "resume_from_checkpoint": True
     }
+
+
+def test_models_for_images_are_refused_in_one_sentence() -> None:
+    with pytest.raises(colab_qlora.UserError, match=r"FastVisionModel.from_pretrained\('a/b'\)"):
+        colab_qlora.FastVisionModel.from_pretrained("a/b", load_in_4bit=True)

@@ -122,7 +122,12 @@ class LivePlot:
         if self._is_finished:
             return
         self._is_finished = True
-        if not _records(log):
+        records = _records(log)
+        if not records:
+            return
+        if not _has_loss(records):
+            said = "no loss was logged, so there is no curve to read: lower logging_steps"
+            self._protected(print, f"colab_qlora: {said}", flush=True)
             return
         if self._display is not None:
             self._protected(self._redraw, log, is_finished=True, is_interrupted=is_interrupted)
@@ -132,7 +137,7 @@ class LivePlot:
 
     def _update(self, log: Log) -> None:
         records = _records(log)
-        if not records:
+        if not _has_loss(records):
             return
         is_eval = "eval_loss" in records[-1]
         if self._display is None:
@@ -235,6 +240,10 @@ def _records(log: Log) -> Records:
     """The records themselves, without a copy of them wherever that can be."""
     found = getattr(log, "records", log)
     return found if isinstance(found, (list, tuple)) else list(found)
+
+
+def _has_loss(records: Records) -> bool:
+    return any("loss" in record or "eval_loss" in record for record in records)
 
 
 def _is_plot(plot: bool | None, display: Callable[..., Any] | None) -> bool:

@@ -16,6 +16,7 @@ from colab_qlora.errors import UserError
 from colab_qlora.models.fuse import fuse, fused_layers
 from colab_qlora.models.loftq import loftq_source, start_from_quantisation_error
 from colab_qlora.models.quiet_import import without_rename_warnings
+from colab_qlora.models.same_adapters import difference_of_adapters
 from colab_qlora.models.saved_tables import let_tables_meet
 from colab_qlora.models.settings import ATTRIBUTE, CHECKPOINTING_MODES, ModelSettings, settings_of
 from colab_qlora.models.smart import plan_batches, print_line, runtime_of, stop_planning
@@ -41,7 +42,7 @@ def attach_lora(
     lora_dropout: float = 0.0,
     bias: str = "none",
     use_gradient_checkpointing: bool | str = "smart",
-    random_state: int = 3407,
+    random_state: int | None = 3407,
     *,
     use_fused_layers: bool = True,
     memory_budget_gib: float | None = None,
@@ -51,10 +52,15 @@ def attach_lora(
     """Wrap `model` in a plain `PeftModel`; arguments as `FastLanguageModel.get_peft_model`."""
     from peft import LoraConfig
 
-    _check_unadapted(model)
     _check_numbers(r, lora_dropout, bias)
-    targets = _check_targets(model, target_modules)
     _check_names(lora_options)
+    numbers = {"r": r, "lora_alpha": lora_alpha, "lora_dropout": lora_dropout, "bias": bias}
+    if _has_these_adapters(model, target_modules, numbers | lora_options):
+        set_gradient_checkpointing(
+            model, use_gradient_checkpointing, memory_budget_gib, host_budget_gib
+        )
+        return model.train()
+    targets = _check_targets(model, target_modules)
     _check_saved_modules(model, lora_options.get("modules_to_save"))
     source = loftq_source(model, lora_options)
     if source is not None:
@@ -83,7 +89,7 @@ def attach_lora(
     return adapted.train()
 
 
-def _with_adapters(model: Any, config: Any, random_state: int) -> Any:
+def _with_adapters(model: Any, config: Any, random_state: int | None) -> Any:
     """The `PeftModel` around `model`, of which only the adapters are trainable."""
     import torch
     from peft import get_peft_model
@@ -93,19 +99,30 @@ def _with_adapters(model: Any, config: Any, random_state: int) -> Any:
     # adapters start the same for the same random_state, and the caller's random stream stays where
     # it was
     with torch.random.fork_rng(), without_rename_warnings():
-        torch.manual_seed(random_state)
+        if random_state is None:
+            torch.seed()
+        else:
+            torch.manual_seed(random_state)
         return get_peft_model(model, config)
 
 
-def _check_unadapted(model: Any) -> None:
+def _has_these_adapters(
+    model: Any, targets: Sequence[str] | str | None, asked: dict[str, Any]
+) -> bool:
+    """True, and said, if a cell is run again; other adapters on top are refused."""
     from peft import PeftModel
 
-    if isinstance(model, PeftModel):
-        raise UserError(
-            "the model has adapters already",
-            got=", ".join(model.peft_config),
-            do="Load the base model again, or go on training with this one",
-        )
+    if not isinstance(model, PeftModel):
+        return False
+    difference = difference_of_adapters(model, targets or DEFAULT_TARGETS, asked)
+    if difference == "":
+        print_line("the model has these adapters already: they stay as they are, trained or not")
+        return True
+    raise UserError(
+        "the model has adapters already",
+        got=difference or ", ".join(model.peft_config),
+        do="Load the base model again, or go on training with this one",
+    )
 
 
 def _check_numbers(r: Any, lora_dropout: float, bias: str) -> None:

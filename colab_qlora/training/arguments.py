@@ -137,6 +137,9 @@ def rebuild(args: transformers.TrainingArguments, **changes: Any) -> trl.SFTConf
     if given["report_to"] == [None]:
         # what TrainingArguments makes of report_to=None, which no logger answers to
         given["report_to"] = []
+    if given["max_steps"] is None:
+        # notebooks write it beside num_train_epochs, for "no limit"
+        given["max_steps"] = -1
     with without_rename_warnings():
         return trl.SFTConfig(**{k: v for k, v in {**given, **changes}.items() if k in allowed})
 

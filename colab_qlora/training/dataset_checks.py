@@ -10,6 +10,7 @@ from typing import Any
 from datasets import Dataset, IterableDataset
 
 from colab_qlora.data.audit import audit_lengths, check_labels
+from colab_qlora.data.conversations import standardize_sharegpt
 from colab_qlora.errors import UserError
 
 # columns that hold text to be tokenised; a dataset with none of them is TRL's to judge
@@ -38,6 +39,29 @@ def as_dataset(rows: Any, name: str) -> Any:
         allowed="a datasets.Dataset with rows, or a list of dicts",
         do="Load one: datasets.load_dataset('json', data_files=..., split='train')",
     )
+
+
+def with_messages(dataset: Any, name: str, text_field: str) -> tuple[Any, str | None]:
+    """Rows whose only text is in a column `conversations`, with it in `messages`, as TRL reads it.
+
+    Args:
+        dataset: a datasets.Dataset; other kinds are left to TRL.
+        name: "train" or "eval", for the note.
+        text_field: the column that holds texts, if there is one.
+
+    Returns:
+        The rows, and one line about it if they were changed.
+
+    Raises:
+        UserError: a conversation that cannot be read; the message names the row.
+    """
+    others = {text_field, "input_ids", *_TEXT_COLUMNS}
+    if not isinstance(dataset, Dataset) or "conversations" not in dataset.column_names:
+        return dataset, None
+    if others & set(dataset.column_names):
+        return dataset, None
+    renamed = standardize_sharegpt(dataset).rename_column("conversations", "messages")
+    return renamed, f"the {name} rows' conversations are trained on as messages"
 
 
 def data_hash(dataset: Dataset, rows: int = 1000) -> str:
@@ -96,8 +120,6 @@ def _examples(
     found = [column for column in _TEXT_COLUMNS if column in columns]
     if "messages" in found or {"prompt", "completion"} <= set(found):
         return dataset.select_columns(found).to_list()
-    if "conversations" in columns:
-        return None
     raise UserError(
         f"the {name} dataset has no column to train on",
         got=", ".join(columns),

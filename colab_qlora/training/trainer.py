@@ -30,7 +30,7 @@ from colab_qlora.training.arguments import config_fields, fit_arguments
 from colab_qlora.training.atomic_checkpoint import finish_killed_save
 from colab_qlora.training.best_adapter import move_aside
 from colab_qlora.training.callbacks import LossLogCallback
-from colab_qlora.training.dataset_checks import as_dataset, check_dataset
+from colab_qlora.training.dataset_checks import as_dataset, check_dataset, with_messages
 from colab_qlora.training.early_stopping import EarlyStopping
 from colab_qlora.training.failures import is_out_of_memory
 from colab_qlora.training.live_callbacks import LossPlot, readers_for
@@ -160,6 +160,11 @@ class SFTTrainer(RescuingTrainer):
             # a missing train set is an error there, and a missing eval set none
             is_left_out = rows is None and name == "eval_dataset"
             found[name] = None if is_left_out else as_dataset(rows, name)
+            if formatting is None:
+                kind, field = name.removesuffix("_dataset"), args.dataset_text_field
+                found[name], note = with_messages(found[name], kind, field)
+                if note:
+                    self._say(note)
         check_completions(args, found["train_dataset"])
         for name, dataset in found.items():
             kind = name.removesuffix("_dataset")

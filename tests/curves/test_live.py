@@ -346,6 +346,19 @@ def test_nothing_logged_is_nothing_shown(capsys: pytest.CaptureFixture[str]) -> 
     assert capsys.readouterr().out == ""
 
 
+@pytest.mark.parametrize("has_plot", [True, False])
+def test_a_run_that_logged_no_loss_says_what_to_do(
+    has_plot: bool, capsys: pytest.CaptureFixture[str]
+) -> None:
+    screen = Screen()
+    live = LivePlot(4, display=screen) if has_plot else _line_mode()
+    live.finish(replay(live, [{"run": {}, "step": 0}, {"step": 4, "train_runtime": 9.0}]))
+    said = capsys.readouterr().out.splitlines()
+    assert said == [
+        "colab_qlora: no loss was logged, so there is no curve to read: lower logging_steps"
+    ]
+
+
 def test_a_plot_without_a_notebook_becomes_lines(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -86,10 +86,54 @@ def test_bad_arguments(base, arguments: dict, message: str) -> None:
         FastLanguageModel.get_peft_model(base, **arguments)
 
 
-def test_adapters_are_not_attached_twice(base) -> None:
+def test_a_cell_that_is_run_again_keeps_its_adapters(base, capsys) -> None:
+    model = FastLanguageModel.get_peft_model(base, r=2, use_rslora=True)
+    before = {name: p.clone() for name, p in model.named_parameters() if p.requires_grad}
+    capsys.readouterr()
+    again = FastLanguageModel.get_peft_model(
+        model, r=2, use_rslora=True, loftq_config={}, use_gradient_checkpointing=False
+    )
+    assert again is model
+    assert "has these adapters already" in capsys.readouterr().out
+    after = {name: p for name, p in model.named_parameters() if p.requires_grad}
+    assert before.keys() == after.keys()
+    assert all(torch.equal(before[name], after[name]) for name in before)
+    settings = settings_of(model)
+    assert settings is not None and settings.use_gradient_checkpointing is False
+
+
+@pytest.mark.parametrize(
+    ("again", "named"),
+    [
+        ({"r": 4}, "r 2, asked 4"),
+        ({"r": 2, "lora_alpha": 8}, "lora_alpha 16, asked 8"),
+        ({"r": 2, "use_rslora": True}, "use_rslora False, asked True"),
+        ({"r": 2, "target_modules": ["q_proj"]}, r"target_modules down_proj, .*, asked q_proj\. "),
+        ({"r": 2, "target_modules": "all-linear"}, "asked all-linear"),
+    ],
+)
+def test_other_adapters_are_not_attached_on_top(base, again: dict, named: str) -> None:
     model = FastLanguageModel.get_peft_model(base, r=2)
-    with pytest.raises(UserError, match="has adapters already"):
+    with pytest.raises(UserError, match=f"has adapters already: got .*{named}"):
+        FastLanguageModel.get_peft_model(model, **again)
+
+
+def test_a_second_adapter_beside_the_first_is_none_of_ours(base) -> None:
+    model = FastLanguageModel.get_peft_model(base, r=2)
+    model.add_adapter("other", model.peft_config["default"])
+    with pytest.raises(UserError, match="has adapters already: got default, other"):
         FastLanguageModel.get_peft_model(model, r=2)
+
+
+def test_without_a_seed_adapters_start_differently(base) -> None:
+    starts = []
+    for _ in range(2):
+        state = torch.get_rng_state()
+        model = FastLanguageModel.get_peft_model(base, r=2, random_state=None)
+        assert torch.equal(torch.get_rng_state(), state)
+        starts.append(next(p for n, p in model.named_parameters() if "lora_A" in n).clone())
+        base = model.unload()
+    assert not torch.equal(*starts)
 
 
 @pytest.mark.parametrize(

@@ -117,6 +117,11 @@ def test_everything_else_is_carried_over(model: Any, tmp_path: Path) -> None:
     assert args.logging_nan_inf_filter is False
 
 
+def test_no_limit_of_steps_as_notebooks_write_it(model: Any, tmp_path: Path) -> None:
+    args = TrainingArguments(output_dir=str(tmp_path), max_steps=None)
+    assert rebuild(args).max_steps == -1
+
+
 def test_rebuilding_twice_changes_nothing(model: Any, tmp_path: Path) -> None:
     once, _ = _fit(SFTConfig(str(tmp_path), max_length=50), model)
     assert rebuild(once).to_dict() == once.to_dict()
