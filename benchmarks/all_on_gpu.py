@@ -1,11 +1,11 @@
-"""Every benchmark that needs a GPU, one after the other: what the README's figures are from.
+"""The benchmarks of a GPU, one after the other, as README and docs/measurements.md have them.
 
-    python -m benchmarks.all_on_gpu FOLDER [--minutes 30] [--only NAME,NAME] [--list]
+    python -m benchmarks.all_on_gpu FOLDER [--minutes 60] [--only NAME,NAME] [--list]
 
 FOLDER gets the random checkpoints (33 GB, when they are first needed), a log of each run, and the
 results, unless BENCHMARK_RESULTS names another place: copy those that shall stay. A run starts if
 the time that it took on an H200 still fits into `--minutes`, and is stopped when they are over.
-Peers take part where they are installed.
+Peers take part where they are installed. `benchmarks.quantization` takes one seed of three a run.
 """
 
 from __future__ import annotations
@@ -24,7 +24,6 @@ from typing import IO
 from benchmarks.table import format_table
 
 ROOT = Path(__file__).resolve().parent.parent
-# runs that are alone on the GPU, and so see its real speed, come first
 TESTS = (
     *("tests/kernels", "tests/layers", "tests/activations", "tests/models/test_pass_graphs.py"),
     *("tests/models/test_kept_recordings.py", "tests/models/test_failed_recordings.py"),
@@ -49,6 +48,7 @@ class Run:
     arguments: str
 
 
+# those whose milliseconds are shown come first
 RUNS = [
     Run("planner", 200, "benchmarks.planner {8b}"),
     Run("planner_t4", 80, "benchmarks.planner {8b} --t4 --cases 2x2048,1x8192"),
@@ -102,6 +102,14 @@ RUNS = [
     Run("layer_parity", 60, "benchmarks.layer_parity"),
     Run("curves_200", 260, "benchmarks.curves_200 --processes 4"),
     Run("export", 200, "benchmarks.export"),
+    *(
+        Run(
+            f"quantization_{seed}",
+            400,
+            f"benchmarks.quantization --seeds {seed} --steps 32 --name quantization_cuda_{seed}",
+        )
+        for seed in (1, 2, 3)
+    ),
     Run("tests", 300, f"pytest -q -n 6 {' '.join(TESTS)}"),
 ]
 

@@ -25,7 +25,8 @@ from colab_qlora.kernels.attention import (
 from colab_qlora.kernels.attention_choice import enabled_backends
 from colab_qlora.kernels.backend import HAS_TRITON, compute_capability, has_tensor_core_dot
 
-LLAMA, SMALL, GEMMA = (32, 8, 128), (32, 8, 64), (16, 8, 256)  # 3 8B, 3.2 1B, 2 9B
+# query heads, key heads and head size of Llama 3 8B, Llama 3.2 1B and Gemma 2 9B
+LLAMA, SMALL, GEMMA = (32, 8, 128), (32, 8, 64), (16, 8, 256)
 # the third is a length that cuDNN does not take
 DENSE = (
     *((2, 2048, LLAMA), (1, 8192, LLAMA), (2, 2080, LLAMA)),
@@ -47,6 +48,7 @@ def cases(device: torch.device, dtype: torch.dtype, *, is_dry: bool) -> list[Cas
         AttentionShape(rows, length, *dense, scale=dense[2] ** -0.5)
         for rows, length, dense in (DENSE_DRY if is_dry else DENSE)
     ]
+    # the last is Gemma's, which bounds its scores
     shapes.append(replace(shapes[-1], cap=CAP))
     lengths = DOCUMENTS_DRY if is_dry else DOCUMENTS
     shapes.append(_packed(lengths, heads, device))

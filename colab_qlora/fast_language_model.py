@@ -142,7 +142,8 @@ class FastLanguageModel:
         """Attach LoRA adapters and return a plain `PeftModel`.
 
         Args:
-            model: what `from_pretrained` gave.
+            model: what `from_pretrained` gave; or what has just these adapters, which then stay as
+                they are, trained or not.
             r: rank; parameters and capacity grow in proportion to it.
             target_modules: names of the linear layers to adapt, or PEFT's "all-linear".
             lora_alpha: the adapter's output is scaled by lora_alpha / r.
@@ -167,7 +168,8 @@ class FastLanguageModel:
             A `peft.PeftModel` in training mode, adapters in float32, everything else frozen.
 
         Raises:
-            UserError: an unknown target module (the message lists those that exist) or option.
+            UserError: an unknown target module (the message lists those that exist) or option; or
+                the model has other adapters, and the message says what differs.
         """
         if is_trained_whole(model):
             print("colab_qlora: no adapters are attached; it was loaded with full_finetuning=True")

@@ -75,7 +75,7 @@ def profile_named(name: str) -> GpuProfile:
 
 
 def profile_of_this_machine(shape: ModelShape, tokens: int, seq_length: int) -> GpuProfile:
-    """The rates of this machine's GPU at a model's sizes: measured once (2 s), then read from disk.
+    """The rates of this machine's GPU at a model's sizes: measured once (about 2 s), then kept.
 
     Raises:
         UserError: there is no GPU.

@@ -24,16 +24,15 @@ from colab_qlora.activations.gpu_timer import EventTimer, GpuLoad, host_call_s
 from colab_qlora.activations.model_shape import ModelShape
 from colab_qlora.dtypes import pick_compute_dtype
 from colab_qlora.errors import UserError
-from colab_qlora.host import host_memory_gib
+from colab_qlora.host import GIB, host_memory_gib
 
-GIB = 2**30
 # with fewer tokens nothing is measured: the kernels of a layer are all latency
 LEAST_TOKENS = 128
 # element-wise passes are timed over this many tokens at least: with fewer they fit into the cache
 LEAST_MOVED_TOKENS = 2048
-# calls of torch that a host could make in the time that it needs for a layer, and for the rest of a
-# step: on the hosts of five H200s 2 x 512 tokens of an 8B, which wait for the host, took a fifth
-# longer than 376 calls a layer would have; the share of the rest is that of an H100's
+# calls of torch that a host could make in the time that it needs for a layer, fitted to 2 x 512
+# tokens of an 8B on the hosts of five H200s (benchmarks/LOG.md, 2026-11-30), and for the rest of a
+# step, whose share is that of an H100's host
 LAYER_CALLS, STEP_CALLS = 450, 449
 # bytes of a number in NF4 with double quantisation
 _NF4_BYTES = 0.5 + 1 / 64 + 4 / 16384

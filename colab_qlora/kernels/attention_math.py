@@ -4,7 +4,8 @@
     dv = P^T do,  dS = P * (do v^T - rowsum(P * do v^T)),  dq = scale * dS k,  dk = scale * dS^T q
 
 With a cap, S = cap * t + bias where t = tanh(scale * q k^T / cap), and dS gets the factor 1 - t^2.
-No kernel of torch's knows that, so that Gemma 2's attention is computed here on every device.
+No kernel of torch's knows that: Gemma 2's attention is computed here wherever Triton's does not fit
+(`attention_choice.py`), below sm_80, in float32, with a mask or a window.
 
 Scores are computed in float32 (float64 for float64), a chunk of query rows at a time against the
 keys that these rows see, and once more in the backward.

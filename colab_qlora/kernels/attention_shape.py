@@ -81,7 +81,9 @@ class AttentionShape:
                 allowed="1 or more, with causal=True",
             )
         if self.cap is not None and not 0 < self.cap < math.inf:
-            raise UserError("cap is not positive", got=self.cap, allowed="None, or above 0")
+            raise UserError(
+                "cap is not a positive, finite number", got=self.cap, allowed="None, or above 0"
+            )
         self._check_mask()
         self._check_documents()
 

@@ -155,6 +155,7 @@ def bent(scores, bend):
     cap * LOG2E times t are bounded scores in base 2. The slope comes from the exponential: where t
     is nearly 1, 1 - t^2 would be left with few of its digits.
     """
+    # -2 log2(e): exp(-2 |x|) by exp2
     shrunk = tl.exp2(tl.abs(scores) * (bend * -2.8853900817779268))
     share = 1.0 / (1.0 + shrunk)
     size = (1.0 - shrunk) * share
@@ -257,7 +258,7 @@ def check_attention(
     if not scale > 0:
         raise UserError("scale is not positive", got=scale, allowed="such as head_dim ** -0.5")
     if cap is not None and not 0 < cap < math.inf:
-        raise UserError("cap is not positive", got=cap, allowed="None, or above 0")
+        raise UserError("cap is not a positive, finite number", got=cap, allowed="None, or above 0")
 
 
 def _check_tensor(name: str, x: torch.Tensor, q: torch.Tensor, shape: tuple[int, ...]) -> None:

@@ -16,7 +16,7 @@ from colab_qlora.errors import UserError
 from colab_qlora.models.fuse import fuse, fused_layers
 from colab_qlora.models.loftq import loftq_source, start_from_quantisation_error
 from colab_qlora.models.quiet_import import without_rename_warnings
-from colab_qlora.models.same_adapters import difference_of_adapters
+from colab_qlora.models.same_adapters import has_these_adapters
 from colab_qlora.models.saved_tables import let_tables_meet
 from colab_qlora.models.settings import ATTRIBUTE, CHECKPOINTING_MODES, ModelSettings, settings_of
 from colab_qlora.models.smart import plan_batches, print_line, runtime_of, stop_planning
@@ -54,12 +54,10 @@ def attach_lora(
 
     _check_numbers(r, lora_dropout, bias)
     _check_names(lora_options)
-    numbers = {"r": r, "lora_alpha": lora_alpha, "lora_dropout": lora_dropout, "bias": bias}
-    if _has_these_adapters(model, target_modules, numbers | lora_options):
-        set_gradient_checkpointing(
-            model, use_gradient_checkpointing, memory_budget_gib, host_budget_gib
-        )
-        return model.train()
+    checkpointing = (use_gradient_checkpointing, memory_budget_gib, host_budget_gib)
+    asked = {"r": r, "lora_alpha": lora_alpha, "lora_dropout": lora_dropout, "bias": bias}
+    if has_these_adapters(model, target_modules or DEFAULT_TARGETS, asked | lora_options):
+        return _keep_adapters(model, checkpointing, use_fused_layers=use_fused_layers)
     targets = _check_targets(model, target_modules)
     _check_saved_modules(model, lora_options.get("modules_to_save"))
     source = loftq_source(model, lora_options)
@@ -83,9 +81,7 @@ def attach_lora(
     set_adapter_methods(adapted)
     if use_fused_layers:
         fuse(adapted)
-    set_gradient_checkpointing(
-        adapted, use_gradient_checkpointing, memory_budget_gib, host_budget_gib
-    )
+    set_gradient_checkpointing(adapted, *checkpointing)
     return adapted.train()
 
 
@@ -106,23 +102,15 @@ def _with_adapters(model: Any, config: Any, random_state: int | None) -> Any:
         return get_peft_model(model, config)
 
 
-def _has_these_adapters(
-    model: Any, targets: Sequence[str] | str | None, asked: dict[str, Any]
-) -> bool:
-    """True, and said, if a cell is run again; other adapters on top are refused."""
-    from peft import PeftModel
-
-    if not isinstance(model, PeftModel):
-        return False
-    difference = difference_of_adapters(model, targets or DEFAULT_TARGETS, asked)
-    if difference == "":
-        print_line("the model has these adapters already: they stay as they are, trained or not")
-        return True
-    raise UserError(
-        "the model has adapters already",
-        got=difference or ", ".join(model.peft_config),
-        do="Load the base model again, or go on training with this one",
-    )
+def _keep_adapters(model: Any, checkpointing: tuple[Any, ...], *, use_fused_layers: bool) -> Any:
+    """A model that has what it is asked to be given: a cell was run again."""
+    print_line("the model has these adapters already: they stay as they are, trained or not")
+    if use_fused_layers and not fused_layers(model):
+        fuse(model)
+    elif fused_layers(model) and not use_fused_layers:
+        print_line("its layers stay fused: restore(model) undoes it")
+    set_gradient_checkpointing(model, *checkpointing)
+    return model.train()
 
 
 def _check_numbers(r: Any, lora_dropout: float, bias: str) -> None:

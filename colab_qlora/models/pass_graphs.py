@@ -156,7 +156,7 @@ class PassGraphs:
         if found is not None:
             self._take_off(found)
             if found.uses == PAID_OFF:
-                self._sights.has_paid_off(key)
+                self._sights.forgive_times(key)
             return
         sight = self._sights.of(key)
         if sight.count >= 3 and self._is_worth_it(sight, room):
@@ -199,6 +199,7 @@ class PassGraphs:
         self._flight = weakref.ref(self._token)
 
     def _is_worth_it(self, sight: Sight, room: Callable[[], Room]) -> bool:
+        """Whether to record a shape now; what would be in the way of its memory is let go."""
         if sight.times_recorded >= MOST_TIMES or not self._recorded.has_place():
             return False
         if self.always or sight.is_refused:

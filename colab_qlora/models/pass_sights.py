@@ -88,8 +88,8 @@ class PassSights:
         self._now.count += 1
         return self._now
 
-    def has_paid_off(self, key: Key) -> None:
-        """A recording of this shape has served long enough: it was worth making."""
+    def forgive_times(self, key: Key) -> None:
+        """A recording of this shape has served long enough: it may be made again and again."""
         if key in self._seen:
             self._seen[key].times_recorded = 0
 

@@ -52,7 +52,7 @@ def _by_itself(where: tuple[str, ...], rows: dict[str, str]) -> Iterator[PeerArg
 
 
 _VLLM = "generation runs in this process, without vLLM"
-_TEXT = "only text models are loaded"
+_TEXT = "only models that write text are loaded"
 TABLE: tuple[PeerArgument, ...] = (
     *_honoured(
         (LOAD,),
@@ -114,7 +114,7 @@ TABLE: tuple[PeerArgument, ...] = (
     ),
     PeerArgument("use_safetensors", (LOAD,), REFUSED, "pickled weights can run code", (None, True)),
     PeerArgument("auto_model", (LOAD,), REFUSED, _TEXT),
-    PeerArgument("num_labels", (LOAD,), REFUSED, "only models that write text are loaded"),
+    PeerArgument("num_labels", (LOAD,), REFUSED, _TEXT),
     PeerArgument("whisper_language", (LOAD,), REFUSED, _TEXT),
     PeerArgument("whisper_task", (LOAD,), REFUSED, _TEXT),
     PeerArgument(
@@ -205,9 +205,11 @@ def unknown_arguments_named(given: Collection[str]) -> Iterator[None]:
         found = re.search(r"unexpected keyword argument '(\w+)'", str(error))
         if found is None or found[1] not in given:
             raise
-        close = difflib.get_close_matches(found[1], [r.name for r in TABLE if LOAD in r.where])
+        names = [row.name for row in TABLE if LOAD in row.where and row.verdict != REFUSED]
+        close = difflib.get_close_matches(found[1], names)
         raise UserError(
-            f"from_pretrained has no argument {found[1]}",
+            "from_pretrained has no such argument",
+            got=found[1],
             allowed=f"such as {', '.join(close)}" if close else None,
             do="Check the spelling, or leave it out",
         ) from error

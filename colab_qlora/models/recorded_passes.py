@@ -7,7 +7,6 @@ from collections.abc import Iterable
 from typing import Any
 
 import torch
-from torch.nn.modules.module import _has_any_global_hook
 
 from colab_qlora.activations.recording import recording_bytes
 from colab_qlora.layers.layer_graph import LayerGraph
@@ -15,6 +14,9 @@ from colab_qlora.layers.layer_parts import LayerParts, Pass
 from colab_qlora.layers.saved import SavedTensors
 from colab_qlora.models.fused_state import LAYER_NUMBER, FusedState, LayerChoice, read_chosen
 from colab_qlora.models.pass_parts import LayerPass, Room
+
+# a private name of torch's: where it is gone, hooks may be anywhere, and nothing is recorded
+_has_any_global_hook = getattr(torch.nn.modules.module, "_has_any_global_hook", lambda: True)
 
 
 def graph_for(state: FusedState, layer: LayerPass | None) -> LayerGraph | None:

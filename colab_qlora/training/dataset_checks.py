@@ -1,4 +1,7 @@
-"""Look at the rows before the first step: are there any, have they labels, are they cut?"""
+"""Look at the rows before the first step: are there any, have they labels, are they cut?
+
+Conversations under their usual name become messages, which is what TRL reads.
+"""
 
 from __future__ import annotations
 
@@ -45,7 +48,7 @@ def with_messages(dataset: Any, name: str, text_field: str) -> tuple[Any, str | 
     """Rows whose only text is in a column `conversations`, with it in `messages`, as TRL reads it.
 
     Args:
-        dataset: a datasets.Dataset; other kinds are left to TRL.
+        dataset: a datasets.Dataset, or several by name; other kinds are left to TRL.
         name: "train" or "eval", for the note.
         text_field: the column that holds texts, if there is one.
 
@@ -55,6 +58,10 @@ def with_messages(dataset: Any, name: str, text_field: str) -> tuple[Any, str | 
     Raises:
         UserError: a conversation that cannot be read; the message names the row.
     """
+    if isinstance(dataset, dict):
+        found = {key: with_messages(rows, name, text_field) for key, rows in dataset.items()}
+        notes = [note for _, note in found.values() if note]
+        return {key: rows for key, (rows, _) in found.items()}, next(iter(notes), None)
     others = {text_field, "input_ids", *_TEXT_COLUMNS}
     if not isinstance(dataset, Dataset) or "conversations" not in dataset.column_names:
         return dataset, None

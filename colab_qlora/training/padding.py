@@ -15,7 +15,8 @@ from typing import Any
 from colab_qlora.models.fuse import fused_layers, state_of
 
 PADDING_MULTIPLE = 32
-# the host's share of a layer's time from which padding is free
+# the host's share of a layer's time, by the machine's rates, from which padding is free; layers are
+# recorded from half of that, as measured (models/pass_sights.py)
 HOST_SHARE = 1.0
 _ROWS_LOOKED_AT = 256
 

@@ -160,8 +160,8 @@ def test_a_gpu_that_could_not_be_held_up_is_told_of(monkeypatch: pytest.MonkeyPa
         found = measure(LLAMA_3_8B, 128, 128)
     assert not found.is_sound
     assert "some calls waited for the host" in found.profile.source
-    # of a layer's four wide products the rate is at least what the host can start
-    assert found.profile.gemm_flops_per_s < gpu.gemm
+    # what comes out is the host's rate, and no better than the GPU's
+    assert 0 < found.profile.gemm_flops_per_s < gpu.gemm
 
 
 def test_a_gpu_that_waited_for_a_compiler_is_warmed_again(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -53,8 +53,8 @@ def test_what_each_run_came_to(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
     assert [row[:2] for row in rows] == [["a", "done"], ["b", "exit code 1"], ["c", "no time left"]]
     assert [row[3] for row in rows] == ["all well", "no luck", "-"]
     assert (tmp_path / "logs" / "a.txt").read_text() == "one\nall well\n"
-    (row,) = run_all([Run("d", 0, "hangs")], tmp_path, time.monotonic() + 5)
-    assert re.fullmatch(r"stopped after [45] s", row[1])
+    (row,) = run_all([Run("d", 0, "hangs")], tmp_path, time.monotonic() + 10)
+    assert re.fullmatch(r"stopped after (9|10) s", row[1])
     # what it had started ends with it
     deadline = time.monotonic() + 10
     while _runs(int(row[3])):
@@ -79,10 +79,10 @@ def test_checkpoints_are_written_when_they_are_needed(
     ]
     rows = run_all(runs, tmp_path / "work", time.monotonic() + 100)
     assert [row[1] for row in rows] == ["done", "done", "exit code 2"]
-    assert rows[0][3] == str(tmp_path / "work" / "results")
     first, second = ((tmp_path / f"work/logs/{name}.txt").read_text() for name in "ab")
     assert ".safetensors" in first and "wrote tiny" in first
     assert ".safetensors" in second and "wrote tiny" not in second
+    assert second.splitlines()[-1] == str(tmp_path / "work" / "results")
     assert "invalid choice: 'nothing'" in rows[2][3]
 
 

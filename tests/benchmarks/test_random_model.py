@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from pathlib import Path
 
 import pytest
@@ -62,4 +63,4 @@ def test_other_families_load_too(
     ids = torch.arange(4, 36, device=model.device)[None]
     # words are as likely as each other
     loss = model(input_ids=ids, labels=ids).loss.item()
-    assert loss == pytest.approx(6.93, abs=0.5)
+    assert loss == pytest.approx(math.log(1024), abs=0.5)

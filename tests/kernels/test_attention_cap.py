@@ -112,5 +112,5 @@ def test_tritons_kernel_by_the_shape(case):
 
 @pytest.mark.parametrize("cap", [0.0, -1.0, float("inf"), float("nan")])
 def test_a_cap_that_bounds_nothing_is_refused(cap):
-    with pytest.raises(UserError, match="cap is not positive"):
+    with pytest.raises(UserError, match="cap is not a positive, finite number"):
         make(2, 5, cap=cap)

@@ -11,7 +11,7 @@ peft = pytest.importorskip("peft")
 
 from colab_qlora import FastLanguageModel, UserError  # noqa: E402
 from colab_qlora.models.adapters import count_parameters, linear_names  # noqa: E402
-from colab_qlora.models.fuse import state_of  # noqa: E402
+from colab_qlora.models.fuse import fused_layers, state_of  # noqa: E402
 from colab_qlora.models.settings import settings_of  # noqa: E402
 
 pytestmark = pytest.mark.model
@@ -103,13 +103,46 @@ def test_a_cell_that_is_run_again_keeps_its_adapters(base, capsys) -> None:
 
 
 @pytest.mark.parametrize(
+    "options",
+    [
+        {"target_modules": "all-linear"},
+        {"target_modules": "all-linear", "exclude_modules": ["up_proj"]},
+        {"target_modules": ["v_proj", "q_proj"], "layers_to_transform": [0]},
+        {"modules_to_save": ["lm_head"], "init_lora_weights": "gaussian"},
+        {"target_modules": r".*\.(q|v)_proj"},
+    ],
+    ids=lambda options: ", ".join(options),
+)
+def test_whatever_the_options_the_same_ones_are_the_same(base, options: dict, capsys) -> None:
+    model = FastLanguageModel.get_peft_model(base, r=2, **options)
+    assert FastLanguageModel.get_peft_model(model, r=2, **options) is model
+    with pytest.raises(UserError, match="has adapters already"):
+        FastLanguageModel.get_peft_model(model, r=2, target_modules=["k_proj"])
+    for name in set(options) - {"target_modules"}:
+        others = {key: value for key, value in options.items() if key != name}
+        with pytest.raises(UserError, match=f"has adapters already: got .*{name} .*, asked "):
+            FastLanguageModel.get_peft_model(model, r=2, **others)
+
+
+def test_layers_that_were_fused_stay_so_and_a_line_says_it(base, capsys) -> None:
+    model = FastLanguageModel.get_peft_model(base, r=2, use_fused_layers=False)
+    assert not fused_layers(model)
+    assert FastLanguageModel.get_peft_model(model, r=2) is model
+    assert fused_layers(model)
+    capsys.readouterr()
+    FastLanguageModel.get_peft_model(model, r=2, use_fused_layers=False)
+    assert fused_layers(model)
+    assert "its layers stay fused: restore(model) undoes it" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
     ("again", "named"),
     [
         ({"r": 4}, "r 2, asked 4"),
         ({"r": 2, "lora_alpha": 8}, "lora_alpha 16, asked 8"),
         ({"r": 2, "use_rslora": True}, "use_rslora False, asked True"),
         ({"r": 2, "target_modules": ["q_proj"]}, r"target_modules down_proj, .*, asked q_proj\. "),
-        ({"r": 2, "target_modules": "all-linear"}, "asked all-linear"),
+        ({"r": 2, "target_modules": r".*q_proj"}, "asked .*q_proj"),
     ],
 )
 def test_other_adapters_are_not_attached_on_top(base, again: dict, named: str) -> None:

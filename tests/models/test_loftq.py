@@ -87,6 +87,11 @@ def test_loftq_over_4_bits_starts_with_the_best_fit_of_what_was_lost(
         loftq_config={"loftq_bits": 4, "loftq_iter": 1},
     )
     assert torch.equal(torch.get_rng_state(), before)
+    numbers = {"r": rank, "lora_alpha": alpha}
+    # its cell may be run again
+    assert FastLanguageModel.get_peft_model(model, **numbers, **LOFTQ) is model
+    with pytest.raises(UserError, match="init_lora_weights 'loftq', asked True"):
+        FastLanguageModel.get_peft_model(model, **numbers)
     checked = 0
     for name, module in model.named_modules():
         if not hasattr(module, "lora_A"):

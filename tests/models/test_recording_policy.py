@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import time
 from types import SimpleNamespace
 from typing import Any
 
@@ -13,7 +12,7 @@ torch = pytest.importorskip("torch")
 pytest.importorskip("peft")
 
 from colab_qlora.layers.graph_recorder import Rerun  # noqa: E402
-from colab_qlora.models import kept_recordings  # noqa: E402
+from colab_qlora.models import kept_recordings, pass_sights  # noqa: E402
 from colab_qlora.models.pass_graphs import PassGraphs  # noqa: E402
 from colab_qlora.models.pass_parts import Room  # noqa: E402
 from colab_qlora.models.pass_sights import LAST_LOOK, MARGIN_BYTES, Sight  # noqa: E402
@@ -73,7 +72,8 @@ def gpu(monkeypatch) -> Gpu:
     monkeypatch.setattr(torch.cuda, "memory_allocated", lambda device: made.allocated)
     monkeypatch.setattr(torch.cuda, "empty_cache", lambda: None)
     # the host's clock: 10 ms from one look to the next
-    monkeypatch.setattr(time, "perf_counter", iter(i / 100 for i in range(10_000)).__next__)
+    clock = SimpleNamespace(perf_counter=iter(i / 100 for i in range(10_000)).__next__)
+    monkeypatch.setattr(pass_sights, "time", clock)
     return made
 
 

@@ -33,9 +33,18 @@ def test_rows_that_have_something_else_to_train_on_stay(column: str) -> None:
     assert note is None
 
 
-@pytest.mark.parametrize("rows", [None, {"a": Dataset.from_list([{"conversations": TURNS}])}])
+@pytest.mark.parametrize("rows", [None, [{"conversations": TURNS}]])
 def test_other_kinds_of_rows_are_left_alone(rows: Any) -> None:
     assert with_messages(rows, "eval", "text") == (rows, None)
+
+
+def test_each_of_several_eval_sets_is_read() -> None:
+    texts = Dataset.from_list([{"text": "x"}])
+    rows = {"a": Dataset.from_list([{"conversations": SHAREGPT}]), "b": texts}
+    found, note = with_messages(rows, "eval", "text")
+    assert found["a"].to_list() == [{"messages": TURNS}]
+    assert found["b"] is texts
+    assert note == "the eval rows' conversations are trained on as messages"
 
 
 def test_a_conversation_that_cannot_be_read_is_named() -> None:
