@@ -8,8 +8,8 @@ launches: q in int8 beside k and v in NF4 took three, and a copy by torch had to
 by the host in every pass. NF4 blocks may differ, since their size is a number here; groups whose
 weights are all NF4 with equal blocks stay with `nf4_group.py`, which has it compiled in.
 
-The weights' order in the launch is their kinds', so that at most ten kernels are compiled for all
-groups of a model, whichever of q, k and v has which kind.
+The weights' order in the launch is their kinds', so that at most ten kernels are compiled for the
+groups of a model whose weights of a kind are stored alike, whichever of q, k and v has which kind.
 """
 
 from __future__ import annotations

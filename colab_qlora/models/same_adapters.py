@@ -100,15 +100,18 @@ def _is_excluded(name: str, excluded: Collection[str] | str) -> bool:
 
 
 def _linears(model: Any) -> set[str]:
-    """Names of the base's linears, adapted or not, but for the head."""
+    """Names of the base's linears, adapted or not, but for the head and what is trained whole."""
     import torch
 
     base = model.get_base_model()
     head = base.get_output_embeddings()
+    apart = {name for name, module in base.named_modules() if module is head}
+    # PEFT wraps what is trained whole, and keeps the original inside
+    apart |= {name for name, module in base.named_modules() if hasattr(module, "modules_to_save")}
     found = set()
     for name, module in base.named_modules():
-        is_linear = isinstance(module, torch.nn.Linear) and module is not head
-        if is_linear and ".lora_" not in name:
+        is_apart = any(name == one or name.startswith(one + ".") for one in apart)
+        if isinstance(module, torch.nn.Linear) and not is_apart and ".lora_" not in name:
             found.add(name.removesuffix(".base_layer"))
     return found
 

@@ -160,7 +160,8 @@ class SFTTrainer(RescuingTrainer):
             # a missing train set is an error there, and a missing eval set none
             is_left_out = rows is None and name == "eval_dataset"
             found[name] = None if is_left_out else as_dataset(rows, name)
-            if formatting is None:
+            # rows that TRL is told to leave alone are left alone here too
+            if formatting is None and not args.dataset_kwargs:
                 kind, field = name.removesuffix("_dataset"), args.dataset_text_field
                 found[name], note = with_messages(found[name], kind, field)
                 if note:

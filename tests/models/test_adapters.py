@@ -107,6 +107,7 @@ def test_a_cell_that_is_run_again_keeps_its_adapters(base, capsys) -> None:
     [
         {"target_modules": "all-linear"},
         {"target_modules": "all-linear", "exclude_modules": ["up_proj"]},
+        {"target_modules": "all-linear", "modules_to_save": ["lm_head"]},
         {"target_modules": ["v_proj", "q_proj"], "layers_to_transform": [0]},
         {"modules_to_save": ["lm_head"], "init_lora_weights": "gaussian"},
         {"target_modules": r".*\.(q|v)_proj"},

@@ -53,3 +53,15 @@ def test_a_conversation_that_cannot_be_read_is_named() -> None:
         with_messages(
             Dataset.from_list([{"conversations": TURNS}, {"conversations": bad}]), "train", "text"
         )
+
+
+@pytest.mark.model
+@pytest.mark.parametrize("is_left_alone", [False, True])
+def test_a_trainer_reads_conversations_unless_told_to_leave_rows_alone(
+    is_left_alone: bool, make_trainer: Any
+) -> None:
+    rows = [{"conversations": TURNS}] * 4
+    options = {"dataset_kwargs": {"skip_prepare_dataset": True}} if is_left_alone else {}
+    columns = make_trainer(rows=rows, remove_unused_columns=False, **options).train_dataset.features
+    assert ("conversations" in columns) == is_left_alone
+    assert ("input_ids" in columns) != is_left_alone
