@@ -87,6 +87,12 @@ RUNS = [
         "benchmarks.train_step {8b} --implementations ours_nockpt,ours_dynamic --shapes 2x2048 "
         "--name train_step_8b_dynamic",
     ),
+    Run(
+        "dynamic_t4",
+        120,
+        "benchmarks.train_step {8b} --t4 --implementations ours_dynamic --shapes 2x512 "
+        "--name train_step_8b_t4_dynamic",
+    ),
     Run("decoding", 130, "benchmarks.decoding {8b} --batches 1 --tokens 48"),
     Run("kernels", 130, "benchmarks.kernels"),
     Run("packing", 120, "benchmarks.packing {8b} --implementations ours_nockpt,hf_nockpt"),
@@ -102,6 +108,7 @@ RUNS = [
     Run("layer_parity", 60, "benchmarks.layer_parity"),
     Run("curves_200", 260, "benchmarks.curves_200 --processes 4"),
     Run("export", 200, "benchmarks.export"),
+    Run("export_cost", 240, "benchmarks.export_cost {8b}"),
     *(
         Run(
             f"quantization_{seed}",

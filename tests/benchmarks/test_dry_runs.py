@@ -26,6 +26,7 @@ COMMANDS = {
     "planner_dry": ["benchmarks.planner", "--dry"],
     "packing_dry": ["benchmarks.packing", "--dry", "--implementations", "ours_nockpt"],
     "decoding_dry": ["benchmarks.decoding", "--dry"],
+    "export_cost_dry": ["benchmarks.export_cost", "--dry"],
     "parity": [
         *("benchmarks.layer_parity", "--families", "llama,qwen3"),
         *("--dtypes", "float64,float32,bfloat16", "--batches", "2", "--name", "parity"),
@@ -182,6 +183,14 @@ def test_both_decoders_are_timed_and_write_the_same(results: dict[str, Any]) -> 
         assert row["ms_per_token"] > 0
         assert row["tokens_per_s"] == pytest.approx(1e3 * row["batch"] / row["ms_per_token"])
         assert row["agreeing_share"] == 1
+
+
+def test_every_form_of_a_saved_model_has_its_cost(results: dict[str, Any]) -> None:
+    rows = {row["form"]: row for row in results["export_cost_dry"]["rows"]}
+    whole = rows["merged_16bit"]["disk_gb"]
+    assert rows.keys() == {"adapter", "merged_16bit", "merged_4bit", "GGUF q8_0", "GGUF q4_0"}
+    assert all(row["seconds"] > 0 and row["host_gb"] >= 0 for row in rows.values())
+    assert all(0 < rows[form]["disk_gb"] < whole for form in rows.keys() - {"merged_16bit"})
 
 
 def test_tokens_agree_up_to_the_first_that_differs() -> None:
