@@ -19,15 +19,17 @@ from colab_qlora.kernels.backend import HAS_TRITON, compute_capability
 
 Capability = tuple[int, int]
 
-# Fastest first. Measured on an H100: cuDNN takes 20.8 ms for 32 layers of 2 x 2048 tokens, 32 heads
-# of 128 over 8, forward and backward. The other places are torch's own order, which prefers cuDNN
-# on sm_90 and sm_100 alone; benchmarks/kernels can check them. Triton's kernel, which bounds scores
-# and takes head sizes that the others do not, took 0.19 and 0.67 ms on an H200 where flash took
-# 0.27 and 0.79 (2 x 2048, 32 heads of 128 over 8; results/kernels_bfloat16.json); it stands behind
-# them until other head sizes are timed too.
+# Fastest first, as benchmarks/kernels found on an H200 (2 x 2048 tokens, forward and backward, ms;
+# results/kernels_bfloat16.json) and otherwise torch's own order, which prefers cuDNN on sm_90 and
+# sm_100 alone:
+#   32 heads of 128 over 8    cuDNN 0.63   Triton 0.88   flash 1.06   efficient 2.25
+#   32 heads of 64 over 8     cuDNN 0.42   Triton 0.55   flash 0.62   efficient 1.47
+#   16 heads of 256 over 8                 Triton 1.62   flash 1.25   efficient 6.31
 DENSE_ORDER = ("flash", "cudnn", "efficient", "triton", "math")
+_HOPPER = ("cudnn", "triton", "flash", "efficient", "math")
 _CUDNN_FIRST = ("cudnn", "flash", "efficient", "triton", "math")
 DENSE_ORDER_OF_MAJOR = {9: _CUDNN_FIRST, 10: _CUDNN_FIRST}
+_TRITON_HEAD_DIM = 128
 # Packed, by reasoning and not by timing: the Triton kernel writes into the caller's buffers and
 # sums the gradients of a shared head without expanding them; below sm_80 one launch comes before
 # one a document.
@@ -179,6 +181,8 @@ def _order(shape: AttentionShape, device_type: str, capability: Capability) -> t
         return ("math",)
     if shape.packed:
         return PACKED_ORDER
+    if capability[0] == 9 and shape.head_dim <= _TRITON_HEAD_DIM:
+        return _HOPPER
     return DENSE_ORDER_OF_MAJOR.get(capability[0], DENSE_ORDER)
 
 

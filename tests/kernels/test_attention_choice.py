@@ -32,7 +32,7 @@ def names(shape, dtype, capability, **enabled):
         (DENSE, torch.float32, T4, ["efficient", "math"]),
         (DENSE, WIDE, A100, ["flash", "cudnn", "efficient", "triton", "math"]),
         (DENSE, WIDE, L4, ["flash", "cudnn", "efficient", "triton", "math"]),
-        (DENSE, WIDE, H100, ["cudnn", "flash", "efficient", "triton", "math"]),
+        (DENSE, WIDE, H100, ["cudnn", "triton", "flash", "efficient", "math"]),
         (DENSE, WIDE, B200, ["cudnn", "flash", "efficient", "triton", "math"]),
         (DENSE, torch.float32, H100, ["efficient", "math"]),
         (DENSE, torch.float64, H100, ["math"]),
@@ -47,7 +47,7 @@ def names(shape, dtype, capability, **enabled):
         (WINDOW, HALF, T4, ["efficient", "math"]),
         (WINDOW, WIDE, H100, ["flash", "efficient", "math"]),
         (make(2, 2048, LLAMA, window=2048), WIDE, H100, names(DENSE, WIDE, H100)),
-        (make(2, 2000, LLAMA), WIDE, H100, ["flash", "efficient", "triton", "math"]),
+        (make(2, 2000, LLAMA), WIDE, H100, ["triton", "flash", "efficient", "math"]),
         (make(2, 2048, (8, 8, 256)), WIDE, H100, ["flash", "efficient", "triton", "math"]),
         (make(2, 2048, (8, 8, 224)), WIDE, L4, ["efficient", "triton", "math"]),
         (make(2, 2048, (8, 8, 224)), WIDE, A100, ["flash", "efficient", "triton", "math"]),
@@ -62,8 +62,9 @@ def test_the_order(shape, dtype, capability, ranked):
 @pytest.mark.parametrize(
     ("shape", "switches", "ranked"),
     [
-        (DENSE, {"cudnn": False}, ["flash", "efficient", "triton", "math"]),
-        (DENSE, {"deterministic": True}, ["flash", "efficient", "triton", "math"]),
+        (DENSE, {"cudnn": False}, ["triton", "flash", "efficient", "math"]),
+        (DENSE, {"deterministic": True}, ["triton", "flash", "efficient", "math"]),
+        (DENSE, {"cudnn": False, "triton": False}, ["flash", "efficient", "math"]),
         (DENSE, {"cudnn": False, "flash": False}, ["efficient", "math"]),
         (DENSE, {"cudnn": False, "flash": False, "efficient": False}, ["math"]),
         (PACKED, {"triton": False}, ["flash_varlen", "efficient_varlen", "efficient", "math"]),
@@ -82,7 +83,7 @@ def test_the_reason_names_what_was_refused_and_why():
     )
     assert explain_attention(PADDED, WIDE, H100) == (
         "efficient: the fastest exact kernel for masked bfloat16 attention on compute capability "
-        "9.0, since cudnn takes no mask; flash takes no mask."
+        "9.0, since cudnn takes no mask; triton takes no mask; flash takes no mask."
     )
     reason = explain_attention(make(2, 2000, LLAMA), WIDE, H100)
     assert "cudnn takes no 2000 tokens (multiples of 128)" in reason
