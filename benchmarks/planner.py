@@ -212,12 +212,13 @@ def draw(path: Path, peers: list[Path]) -> Path:
             shapes.setdefault(shape, []).append((row["peak_gib"], row["step_ms"]))
     if not shapes:
         raise SystemExit(f"{path} has no measured case with a GPU's peak")
-    points = [
-        row
-        for peer in peers
+    # of a peer in several files the first
+    points = {
+        (row["implementation"], row["shape"]): row
+        for peer in reversed(peers)
         for row in json.loads(peer.read_text(encoding="utf-8"))["rows"]
         if row["shape"] in shapes and not row["out_of_memory"]
-    ]
+    }
     columns = min(2, len(shapes))
     rows = -(-len(shapes) // columns)
     figure = Figure(figsize=(6.4 * columns, 4.0 * rows), layout="constrained")
@@ -226,12 +227,12 @@ def draw(path: Path, peers: list[Path]) -> Path:
         axes = figure.add_subplot(rows, columns, place + 1)
         axes.plot(*zip(*sorted(curve), strict=True), "o-", color="#0072b2", label="planned")
         # what the kit does without a plan lies on the curve's ends, or near it
-        others = [r for r in points if r["shape"] == shape and r["implementation"] in PEER_NAMES]
+        others = [row for (name, at), row in points.items() if at == shape and name in PEER_NAMES]
         for row in others:
             axes.plot(row["peak_gib"], row["step_ms"], "s", color="#555555")
         axes.set(title=f"{shape} tokens", xlabel="peak GPU memory in GiB", ylabel="ms a step")
-        axes.set_ylim(bottom=0)
         axes.margins(x=0.1, y=0.15)
+        axes.set_ylim(bottom=0)
         middle = sum(axes.get_xlim()) / 2
         for row in others:
             is_left = row["peak_gib"] > middle
