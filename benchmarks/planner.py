@@ -14,6 +14,7 @@ them.
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import json
 import tempfile
 import time
@@ -157,6 +158,7 @@ def _measure(
         "plan": plan.step.plan.describe(),
         **{f"{name}_bytes": moment.bytes for name, moment in plan.step.moments.items()},
         "is_recorded": is_recorded(model),
+        "profile": dataclasses.asdict(plan.step.batch.profile),
         **(found or {}),
     }
 
