@@ -28,6 +28,7 @@ from colab_qlora.models.host_embedding import (
     move_to_host,
     why_not_on_host,
 )
+from colab_qlora.models.settings import settings_of
 from colab_qlora.models.stock_checkpointing import (
     StockPlanner,
     attach_stock_planner,
@@ -63,7 +64,10 @@ def workload_of(model: Any, batch_size: int = 1, seq_length: int = 1) -> Workloa
         records_layers=_records(model),
     )
     rank: Rank = ranks
-    name = getattr(causal.config, "_name_or_path", "") or type(causal).__name__
+    asked = settings_of(causal)
+    # "embedded" and not the folder that it was unpacked into
+    name = asked.model_name if asked is not None else getattr(causal.config, "_name_or_path", "")
+    name = name or type(causal).__name__
     return Workload(name, shape, rank, batch_size, seq_length, settings=settings)
 
 

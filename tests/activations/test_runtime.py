@@ -35,6 +35,7 @@ from colab_qlora.errors import UserError  # noqa: E402
 from colab_qlora.layers.saved import KEEP_ALL  # noqa: E402
 from colab_qlora.models.adapters import set_gradient_checkpointing  # noqa: E402
 from colab_qlora.models.fuse import fuse, restore, state_of  # noqa: E402
+from colab_qlora.models.settings import ModelSettings  # noqa: E402
 from colab_qlora.models.smart import (  # noqa: E402
     plan_batches,
     resident_bytes,
@@ -220,6 +221,16 @@ def test_the_workload_is_read_from_the_model(family: str) -> None:
     assert workload_of(dropped).settings.has_dropout
     plans = [KEEP_ALL] * found.shape.layers
     assert peak_bytes(found.shape, 3, 7, found.rank, plans, found.settings) > 0
+
+
+def test_the_workload_has_the_name_that_was_asked_for() -> None:
+    model = tiny_model("llama", torch.float32)
+    causal = model.get_base_model()
+    assert workload_of(model).model_name == "LlamaForCausalLM"
+    causal.config._name_or_path = "/somewhere/in/a/cache"
+    assert workload_of(model).model_name == "/somewhere/in/a/cache"
+    causal.colab_qlora_settings = ModelSettings("embedded", 64, "float32")
+    assert workload_of(model).model_name == "embedded"
 
 
 def offloading_model(**changes: Any) -> Any:
