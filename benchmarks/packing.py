@@ -12,6 +12,7 @@ one such batch. Only tokens of rows count, padding does not. Stock layers run pa
 from __future__ import annotations
 
 import argparse
+import gc
 import random
 import statistics
 import tempfile
@@ -91,6 +92,8 @@ def _measure_all(options: argparse.Namespace, folder: str, rows: list[dict[str, 
                 rows.append(row | _measure(model, optimizer, fields, options, folder))
                 print(rows[-1], flush=True)
         del model, optimizer
+        # what refers to itself is still there, with its memory
+        gc.collect()
 
 
 def _measure(

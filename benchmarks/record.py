@@ -55,7 +55,12 @@ def folder() -> Path:
 
 
 def write(name: str, rows: list[dict[str, Any]], **about: Any) -> Path:
-    """Write rows to benchmarks/results/<name>.json and return the path."""
+    """Write rows to benchmarks/results/<name>.json and return the path.
+
+    Of each of the `problems`, by name, the first line and the last: a traceback is for the screen.
+    """
+    if "problems" in about:
+        about["problems"] = {name: _short(text) for name, text in about["problems"].items()}
     folder().mkdir(parents=True, exist_ok=True)
     path = folder() / f"{name}.json"
     content = {
@@ -67,3 +72,8 @@ def write(name: str, rows: list[dict[str, Any]], **about: Any) -> Path:
     }
     path.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
     return path
+
+
+def _short(problem: str) -> str:
+    lines = problem.strip().splitlines() or [""]
+    return lines[0] if len(lines) == 1 else f"{lines[0].strip()}: {lines[-1].strip()}"

@@ -32,16 +32,18 @@ def waits_for_host(batch: Batch) -> bool:
     return batch.profile.layer_launch_s > batch.forward_s + batch.backward_s
 
 
+def can_record(batch: Batch, sequences: int) -> bool:
+    """True if layers that send nothing to the host can be recorded, given the memory."""
+    if batch.settings.has_dropout or not batch.settings.records_layers:
+        return False
+    is_cpu = batch.profile.capability == (0, 0)
+    # packed documents lie elsewhere in every batch
+    return not is_cpu and batch.seq_length * sequences == batch.tokens
+
+
 def may_record(step: StepPlan, left_bytes: int) -> bool:
     """True if the layers can be recorded where so much memory is left beside the step's peak."""
     batch = step.batch
-    settings = batch.settings
-    if settings.has_dropout or not settings.records_layers or any(step.offload):
+    if any(step.offload) or not can_record(batch, step.sequences):
         return False
-    if batch.profile.capability == (0, 0):  # a CPU
-        return False
-    # packed documents lie elsewhere in every batch
-    if batch.seq_length * step.sequences != batch.tokens:
-        return False
-    needed = recording_bytes(batch.shape, batch.rank, batch.tokens, settings)
-    return left_bytes >= needed
+    return left_bytes >= recording_bytes(batch.shape, batch.rank, batch.tokens, batch.settings)

@@ -7,7 +7,7 @@ from functools import cached_property
 
 from colab_qlora.activations.phase_costs import Moment
 from colab_qlora.activations.plan import Plan
-from colab_qlora.activations.recording import may_record
+from colab_qlora.activations.recording import can_record, may_record
 from colab_qlora.activations.saved_classes import host_blocks, names_of
 from colab_qlora.activations.step_time import Batch
 
@@ -83,9 +83,12 @@ class StepPlan:
 
     @property
     def full_checkpointing_s(self) -> float:
-        """Predicted seconds of a step that runs every layer forward twice, as stock does."""
+        """Predicted seconds of a step that runs every layer forward twice, recorded if it can be:
+        it needs the least memory."""
         nothing = [frozenset[str]()] * self.batch.shape.layers
-        return self.batch.step_s(nothing) + self.batch.shape.layers * self.batch.forward_s
+        is_recorded = can_record(self.batch, self.sequences)
+        once_s = self.batch.step_s(nothing, is_recorded=is_recorded)
+        return once_s + self.batch.shape.layers * self.batch.forward_s
 
     @property
     def recompute_share(self) -> float:

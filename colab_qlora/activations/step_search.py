@@ -21,7 +21,12 @@ from colab_qlora.activations.cost_settings import CostSettings
 from colab_qlora.activations.phase_costs import Moment, step_moments
 from colab_qlora.activations.plan import BudgetTooSmall, CopyLimits, Item, Plan, Setting
 from colab_qlora.activations.planner import Planner
-from colab_qlora.activations.recording import may_record, recording_bytes, waits_for_host
+from colab_qlora.activations.recording import (
+    can_record,
+    may_record,
+    recording_bytes,
+    waits_for_host,
+)
 from colab_qlora.activations.saved_classes import (
     CLASSES,
     OFFLOADABLE,
@@ -65,8 +70,8 @@ def plan_step(
         usual = _fastest(batch, sequences, budget_bytes, host_bytes, other_bytes)
     except BudgetTooSmall as error:
         failure = error.with_traceback(None)
-    tries = batch.settings.records_layers and waits_for_host(batch)
-    if tries and usual is not None and any(usual.plan.offload):
+    tries = can_record(batch, sequences) and waits_for_host(batch)
+    if tries and usual is not None and not may_record(usual, budget_bytes - usual.peak_bytes):
         room = budget_bytes - recording_bytes(
             batch.shape, batch.rank, batch.tokens, usual.batch.settings
         )

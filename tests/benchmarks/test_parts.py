@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -83,6 +84,18 @@ def test_without_a_gpu_the_message_names_the_dry_run() -> None:
 
     with pytest.raises(SystemExit, match=r"none on this machine[^-]*-m benchmarks\.kernels --dry"):
         pick_device("benchmarks.kernels", is_dry=False)
+
+
+def test_of_a_problem_its_two_ends_are_kept(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from benchmarks import record
+
+    monkeypatch.setenv("BENCHMARK_RESULTS", str(tmp_path))
+    text = 'exit status 1\n  File "/home/me/x.py", line 3\n    y()\nImportError: no y\n'
+    path = record.write("parts", [], problems={"peer": text, "other": "not installed"})
+    found = json.loads(path.read_text("utf-8"))["problems"]
+    assert found == {"peer": "exit status 1: ImportError: no y", "other": "not installed"}
 
 
 def test_numbers_keep_their_digits() -> None:
