@@ -84,7 +84,7 @@ class Batch:
         moved = row * (6 * shape.hidden + 2 * (shape.query + shape.key_value))
         if shape.has_branch_norms:
             moved += row * 4 * shape.hidden
-        moved += row * 3 * shape.intermediate
+        moved += row * (3 * shape.intermediate + self._adapted_columns[0])
         return sum(self.group_s.values()) + self.attention_s + self._move_s(moved)
 
     @functools.cached_property
@@ -193,16 +193,36 @@ class Batch:
         moved = nf4_bytes(numbers) + numbers * self.settings.itemsize
         return moved / self.profile.decode_bytes_per_s
 
+    @functools.cached_property
+    def _adapted_columns(self) -> tuple[int, int]:
+        """Columns that LoRA's narrow products read in a layer, forward and backward.
+
+        Forward X for X A^T. Backward dY for dY B and for B's gradient, X for A's; but where gate,
+        up and the input of down are concerned these ride in the gated unit's kernel, which takes
+        as long as two of its operands more (results/kernels_bfloat16.json).
+        """
+        forward = backward = 0
+        for group, names in self.shape.groups.items():
+            if not self.settings.spare(self.shape, self.rank, group):
+                continue
+            inner = self.shape.linear(names[0])[0]
+            outer = sum(self.shape.linear(name)[1] for name in names)
+            forward += inner
+            if group == "gate_up":
+                backward += inner + 2 * self.shape.intermediate
+            else:
+                backward += 2 * outer + (inner if group != "down" else 0)
+        return forward, backward
+
     def _factors_s(self) -> float:
-        """Gradients of all adapters: two products for each, of the width of input or output."""
+        """LoRA's narrow products on the way back: gradients of the adapters, and their inputs'."""
         widths = 0
         for group, names in self.shape.groups.items():
             spare = self.settings.spare(self.shape, self.rank, group)
             outer = sum(self.shape.linear(name)[1] for name in names)
             widths += spare * (self.shape.linear(names[0])[0] + outer)
         flops_s = 4 * self.tokens * widths / self.profile.gemm_flops_per_s
-        columns = sum(sum(self.shape.linear(name)) for name in self.shape.linears)
-        return max(flops_s, self._move_s(self._row * columns / 4))
+        return max(flops_s, self._move_s(self._row * self._adapted_columns[1]))
 
     def _gate_up_again_s(self) -> float:
         """Gate and up once more: decoded for that alone, or together with their gradient."""

@@ -19,7 +19,12 @@ from colab_qlora.activations.phase_costs import peak_bytes, step_moments
 from colab_qlora.activations.plan import BudgetTooSmall
 from colab_qlora.activations.saved_classes import CLASSES, class_bytes, names_of
 from colab_qlora.activations.step_search import can_plan, plan_step
-from colab_qlora.activations.step_time import HOST_GATHER_BYTES_PER_S, Batch
+from colab_qlora.activations.step_time import (
+    HOST_GATHER_BYTES_PER_S,
+    KERNEL_GAP_S,
+    LAYER_KERNELS,
+    Batch,
+)
 from colab_qlora.layers.saved import ALL_NAMES, KEEP_INPUT
 
 
@@ -196,6 +201,25 @@ def test_a_table_on_the_host_costs_its_rows_and_saves_itself() -> None:
     assert plans[1].step_s - plans[0].step_s == pytest.approx(
         rows / HOST_GATHER_BYTES_PER_S + rows / SMALL.copy_up_bytes_per_s
     )
+
+
+def test_narrow_products_read_what_they_meet_and_kernels_have_gaps() -> None:
+    still = {name: 0 for name in LLAMA_3_8B.linears}
+    one = Batch(LLAMA_3_8B, still | {"o_proj": 16}, 4096, 2048, LARGE)
+    none = Batch(LLAMA_3_8B, still, 4096, 2048, LARGE)
+    read_s = 2 * 4096 * 4096 / LARGE.move_bytes_per_s
+    # beside what the widened GEMM takes
+    wide_s = one.group_s["o"] - none.group_s["o"]
+    assert one.forward_s - none.forward_s == pytest.approx(wide_s + read_s)
+    # dY for dY B and for B's gradient, X for A's
+    assert one.backward_s - none.backward_s == pytest.approx(wide_s + 3 * read_s)
+    assert none._adapted_columns == (0, 0)
+    every = Batch(LLAMA_3_8B, 16, 4096, 2048, LARGE)
+    assert every._adapted_columns == (3 * 4096 + 14336, 17 * 4096)
+    kept = [frozenset[str]()] * 32
+    gaps_s = KERNEL_GAP_S * LAYER_KERNELS * 32
+    parts_s = 32 * (one.forward_s + one.backward_s) + one.head_s + one.optimizer_s
+    assert one.step_s(kept, is_recorded=True) == pytest.approx(parts_s + gaps_s)
 
 
 def test_a_choice_that_was_refused_holds_nothing_of_the_caller() -> None:
