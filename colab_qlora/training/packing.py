@@ -182,4 +182,5 @@ def list_lengths(dataset: Dataset, column: str) -> list[int]:
 
 
 def _is_not_of_attention(record: logging.LogRecord) -> bool:
-    return "flash attention" not in record.getMessage()
+    # TRL 1.15 writes "Flash Attention"
+    return "flash attention" not in record.getMessage().lower()

@@ -14,7 +14,11 @@ pytest.importorskip("trl")
 from trainer_helpers import losses_of  # noqa: E402
 
 from colab_qlora import UserError  # noqa: E402
-from colab_qlora.training.packing import packing_fields, padding_share  # noqa: E402
+from colab_qlora.training.packing import (  # noqa: E402
+    packing_fields,
+    padding_share,
+    without_attention_warnings,
+)
 
 pytestmark = pytest.mark.model
 # of many lengths, all in one batch, so that every way of laying them out sees the same documents
@@ -74,6 +78,15 @@ def test_documents_in_a_row_have_the_logits_that_they_have_alone(make_trainer, t
             assert torch.allclose(together[:, start:end], alone, atol=1e-5), (start, end)
 
 
+@pytest.mark.parametrize("words", ["flash attention", "Flash Attention"])
+def test_trl_warns_of_no_attention_that_is_ours(caplog, words):
+    log = logging.getLogger("trl.trainer.sft_trainer")
+    with caplog.at_level(logging.WARNING), without_attention_warnings():
+        log.warning("You are using packing, but not a supported %s variant.", words)
+        log.warning("something else")
+    assert [record.getMessage() for record in caplog.records] == ["something else"]
+
+
 def test_what_is_packed_is_said(make_trainer, tmp_path, caplog):
     with caplog.at_level(logging.WARNING):
         trainer = make_trainer(tmp_path / "said", rows=DOCUMENTS, packing=True)
@@ -84,7 +97,8 @@ def test_what_is_packed_is_said(make_trainer, tmp_path, caplog):
         f"10 train documents are packed into {rows} rows of up to 64 tokens, "
         f"{tokens / places:.0%} full; none sees another"
     )
-    assert not [record for record in caplog.records if "flash attention" in record.getMessage()]
+    said = [record.getMessage().lower() for record in caplog.records]
+    assert not [text for text in said if "flash attention" in text]
 
 
 def test_a_strategy_that_mixes_documents_is_named(make_trainer, tmp_path):
