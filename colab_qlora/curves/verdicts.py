@@ -16,7 +16,7 @@ NAMES: Mapping[str, str] = {
     "unstable": "unstable: learning rate too high",
     "overfitting": "overfitting",
     "eval rising": "the eval loss rises",
-    "suspected leakage": "eval rows may be among the training rows",
+    "suspected leakage": "the eval rows look like training rows",
     "memorising": "learning rows by heart",
     "eval below train": "the eval loss is below the train loss",
     "not learning": "not learning",
@@ -31,6 +31,8 @@ NAMES: Mapping[str, str] = {
 # sure: the numbers leave no other reading; likely: one would bet on it; watch: look again later
 CONFIDENCES = ("sure", "likely", "watch")
 KINDS = ("fault", "warning", "good", "info")
+# what holds of the whole run, and shows from a step on
+_SHOWS_LATE = ("suspected leakage", "eval below train")
 # what would make a user stop a run that is sound: never said of a healthy one
 ALARMS = ("non-finite", "unstable", "overfitting", "suspected leakage")
 
@@ -125,7 +127,11 @@ class Diagnosis:
     def text(self) -> str:
         """The main verdict in three lines: what, because of what, what next; then the notes."""
         verdict, *others = self.verdicts
-        since = "" if verdict.step is None else f" since step {verdict.step:,}"
+        since = ""
+        if verdict.step is not None:
+            since = f" since step {verdict.step:,}"
+            if verdict.name in _SHOWS_LATE:
+                since = f", seen from step {verdict.step:,} on"
         how = "" if verdict.name == "not enough evidence" else f" ({verdict.confidence})"
         also = f"; also {', '.join(_said(other) for other in others)}" if others else ""
         lines = [

@@ -15,7 +15,15 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
     from matplotlib.text import Text
 
-__all__ = ["LINE_PX", "blank_figure", "fill_rectangle", "line", "put_text", "text_width"]
+__all__ = [
+    "LINE_PX",
+    "blank_figure",
+    "fill_rectangle",
+    "line",
+    "put_text",
+    "shortened",
+    "text_width",
+]
 
 LINE_PX = 21  # a line of 11 pt text at 100 dpi, with the space to the next
 INK, MUTED, GRID, PAPER = LIGHT.ink, LIGHT.muted, LIGHT.grid, LIGHT.paper
@@ -38,6 +46,16 @@ def text_width(fig: Figure, text: str, size: float = TEXT_PT, weight: str = "nor
     renderer: Any = fig.canvas.get_renderer()  # type: ignore[attr-defined]
     font = FontProperties(size=size, weight=weight)
     return float(renderer.get_text_width_height_descent(text, font, False)[0])
+
+
+def shortened(fig: Figure, text: str, room: float) -> str:
+    """The text, or as many of its words as fit into so many px, with "..." in place of the rest."""
+    if text_width(fig, text) <= room:
+        return text
+    words = text.split()
+    while words and text_width(fig, " ".join(words) + " ...") > room:
+        words.pop()
+    return " ".join([*words, "..."])
 
 
 def put_text(fig: Figure, x_px: float, y_px: float, text: str, **style: Any) -> Text:

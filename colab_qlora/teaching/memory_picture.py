@@ -17,6 +17,7 @@ from colab_qlora.teaching.figures import (
     line,
     put_text,
     put_title,
+    shortened,
     text_width,
 )
 from colab_qlora.teaching.memory import MemoryPart
@@ -160,17 +161,8 @@ def _draw_list(fig: Figure, parts: Sequence[MemoryPart], others: Sequence[Memory
             _swatch(fig, _LEFT + 26, y - 6, 24, 13, number, part)
         put_text(fig, _LEFT + 58, y, part.name, gid="row")
         put_text(fig, _LEFT + size, y, _size(part.gib), ha="right", gid="row")
-        note = _shortened(fig, part.note, _RIGHT - _LEFT - size - 16)
+        note = shortened(fig, part.note, _RIGHT - _LEFT - size - 16)
         put_text(fig, _LEFT + size + 16, y, note, color=MUTED, gid="row")
-
-
-def _shortened(fig: Figure, text: str, room: float) -> str:
-    if text_width(fig, text) <= room:
-        return text
-    words = text.split()
-    while words and text_width(fig, " ".join(words) + " ...") > room:
-        words.pop()
-    return " ".join(words) + " ..."
 
 
 def _draw_limit(fig: Figure, x: float, limit_gib: float, bar: float) -> None:

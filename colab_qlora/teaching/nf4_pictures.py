@@ -94,7 +94,7 @@ def draw_weight_histogram(pair: WeightPair) -> Figure:
     """
     height = 690 if pair.before is not None else 500
     fig = blank_figure(800, height)
-    span = _SIGMAS * float((pair.after if pair.before is None else pair.before).float().std())
+    span = _span(pair)
     tables = [("after: NF4, decoded", pair.after, _AFTER, 314)]
     if pair.before is not None:
         kind = f"{8 * pair.before.element_size()} bits"
@@ -110,7 +110,8 @@ def draw_weight_histogram(pair: WeightPair) -> Figure:
         ax.xaxis.set_major_locator(_few_ticks())
         ax.xaxis.set_major_formatter("{x:g}")
         put_text(fig, _LEFT + 12, bottom + 118, label, gid="panel")
-    put_text(fig, (_LEFT + _RIGHT) / 2, 272, "weight", ha="center")
+    beyond = f"weight ({_share_beyond(pair):.1%} of them lie beyond these axes)"
+    put_text(fig, (_LEFT + _RIGHT) / 2, 272, beyond, ha="center", gid="beyond")
     _draw_block(fig, pair)
     rows, columns = pair.shape
     put_title(fig, 12, f"{_short(pair.name)}: {rows:,} x {columns:,} weights")
@@ -124,7 +125,8 @@ def describe_weight_histogram(pair: WeightPair) -> str:
         pair: from `weight_before_and_after`.
 
     Returns:
-        Three sentences: the size and range, the share of exact zeros, and the error and storage.
+        Four sentences: the size and range, what the picture leaves out, the share of exact zeros,
+        and the error and storage.
     """
     rows, columns = pair.shape
     after = pair.after.float()
@@ -134,9 +136,10 @@ def describe_weight_histogram(pair: WeightPair) -> str:
         error = f"Quantisation moved the weights by {pair.relative_error:.1%} (root mean square)"
     return (
         f"{pair.name} has {rows:,} x {columns:,} weights, now from {after.min():.3g} to "
-        f"{after.max():.3g}. {zeros:.1%} of them are exactly 0, the one value that all blocks of "
-        f"{pair.block_size} share; the others gather on 15 levels that each block scales for "
-        f"itself. {error}, and one weight takes {pair.bits_per_weight:.2f} bits."
+        f"{after.max():.3g}. The picture ends at {_span(pair):.2g} on both sides and leaves out "
+        f"{_share_beyond(pair):.1%} of them. {zeros:.1%} are exactly 0, the one value that all "
+        f"blocks of {pair.block_size} share; the others gather on 15 levels that each block scales "
+        f"for itself. {error}, and one weight takes {pair.bits_per_weight:.2f} bits."
     )
 
 
@@ -180,6 +183,16 @@ def _typical_block(pair: WeightPair) -> tuple[np.ndarray | None, np.ndarray, flo
     flat = pair.before.flatten()[chosen * size : (chosen + 1) * size].float()
     peak = flat.abs().max()
     return (flat / peak.clamp_min(1e-30)).numpy(), after.numpy(), float(peak)
+
+
+def _span(pair: WeightPair) -> float:
+    """Where the axes of the histograms end, on both sides of 0."""
+    return _SIGMAS * float((pair.after if pair.before is None else pair.before).float().std())
+
+
+def _share_beyond(pair: WeightPair) -> float:
+    """Share of the weights, as they are now, that the histograms leave out."""
+    return float((pair.after.float().abs() > _span(pair)).float().mean())
 
 
 def _histogram(matrix: torch.Tensor, span: float) -> np.ndarray:

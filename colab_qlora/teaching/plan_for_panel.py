@@ -77,7 +77,9 @@ class PanelPlan:
         step = f", about {seconds_text(self.step_seconds)}"
         if self.steps is None:
             return step
-        return f"{step}{steps} take about {_long_text(self.steps * self.step_seconds)}"
+        whole = _long_text(self.steps * self.step_seconds)
+        # evaluations and saves come on top, and of rows that do not fill their length it is less
+        return f"{step}{steps} of full rows take about {whole}, evaluations and saving aside"
 
 
 def plan_for_panel(

@@ -17,6 +17,7 @@ from colab_qlora.teaching.figures import (
     line,
     put_text,
     put_title,
+    shortened,
     text_width,
 )
 
@@ -28,6 +29,8 @@ _COLOURS = ("#0072b2", "#56b4e9", "#d55e00", "#f0e442", "#009e73", "#cc79a7", "#
 _WIDTH, _LEFT, _RIGHT = 800.0, 24.0, 776.0
 _BAR_PX, _ROW_PX, _KEY_PX = 40.0, 26.0, 250.0
 _NAMES_PX = 150.0
+# letters whose names begin with a vowel: an H100, an NVIDIA H200, but a T4
+_AN_BEFORE = "AEFHILMNORSX"
 ACTIONS: dict[str, dict[str, Any]] = {
     "keep": {"facecolor": "#0072b2", "edgecolor": PAPER},
     "offload": {"facecolor": "#e69f00", "edgecolor": INK, "hatch": "////"},
@@ -48,7 +51,8 @@ def draw_plan(plan: MemoryPlan) -> Figure:
     fig = blank_figure(_WIDTH, 60 + 2 * LINE_PX + _BAR_PX + LINE_PX * key_rows + 24 + grid)
     put_title(fig, _LEFT, _title(plan))
     height = fig.get_size_inches()[1] * DPI
-    put_text(fig, _LEFT, height - 44, _subtitle(plan), color=MUTED)
+    words = shortened(fig, _subtitle(plan), _RIGHT - _LEFT)
+    put_text(fig, _LEFT, height - 44, words, color=MUTED, gid="subtitle")
     bottom = grid + LINE_PX * key_rows + 20
     _draw_bar(fig, plan, parts, bottom)
     _draw_keys(fig, parts, bottom - 20)
@@ -69,11 +73,18 @@ def describe_plan(plan: MemoryPlan) -> str:
 
 def _title(plan: MemoryPlan) -> str:
     work, machine = plan.workload, plan.machine
-    name = f"{work.batch_size} x {work.seq_length} tokens on a {machine.profile.name}"
+    where = _with_article(machine.profile.name)
+    name = f"{work.batch_size} x {work.seq_length} tokens on {where}"
     need, have = plan.peak_memory_gib, machine.budget_bytes / GIB
     if plan.fits:
         return f"{name}: {need:.2f} of {have:.2f} GiB"
     return f"{name}: at least {need:.2f} GiB, and {have:.2f} are there"
+
+
+def _with_article(gpu: str) -> str:
+    # "Tesla" is read as a word, "NVIDIA" and "H100" letter by letter
+    is_word = gpu[1:2].islower()
+    return f"{'an' if gpu[:1] in ('AEIOU' if is_word else _AN_BEFORE) else 'a'} {gpu}"
 
 
 def _subtitle(plan: MemoryPlan) -> str:

@@ -261,6 +261,9 @@ def leaked_run(gap: float) -> Records:
 def test_eval_rows_that_are_learnt_by_heart_too():
     found = diagnose(leaked_run(-0.02))
     assert (found.main.name, found.main.confidence) == ("suspected leakage", "sure")
+    # the rows were there from the first step on; only the evidence begins later
+    seen = f"This run: the eval rows look like training rows, seen from step {found.main.step} on"
+    assert found.text().startswith(f"{seen} (sure)")
     assert diagnose(leaked_run(0.25)).get("suspected leakage") is None
 
 

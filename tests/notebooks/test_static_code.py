@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from notebook_files import NOTEBOOKS, REPOSITORY, ROOT, Notebook
+from notebook_files import NOTEBOOKS, REPOSITORY, ROOT, Notebook, transform
 
 # characters outside ASCII that a source file may hold: none so far
 ALLOWED_CHARACTERS = ""
@@ -171,6 +171,40 @@ def _misfits(call: ast.Call, kit: dict[str, Any], made: dict[str, type]) -> list
     except TypeError as error:
         return [f"{ast.unparse(node)}: {error}"]
     return []
+
+
+# ---- what a participant on Colab meets
+
+
+def test_what_an_install_could_not_do_is_said(notebook: Notebook) -> None:
+    """The report names packages that failed and asks for a restart; unprinted, nobody sees it."""
+    (cell,) = [c for c in notebook.of_type("code") if "install_missing(" in c["source"]]
+    printed = [call for call in _calls(cell["source"], "print") if call.args]
+    shown = {ast.unparse(call.args[0]) for call in printed}
+    assert "report" in shown or any(text.startswith("install_missing(") for text in shown)
+
+
+def test_models_are_not_exported_to_drive() -> None:
+    """A free Drive holds 15 GB, a merged 8B takes 16: with use_drive, too, the disk is local."""
+    (path,) = [path for path in NOTEBOOKS if path.stem == "07_chat_and_export"]
+    source = "\n".join(cell["source"] for cell in Notebook(path).of_type("code"))
+    (made,) = re.findall(r"^disk = (.+)$", source, re.MULTILINE)
+    assert made == "WorkFolder(work_dir)"
+    calls = [
+        call
+        for name in ("save_pretrained_merged", "save_pretrained_gguf")
+        for call in _calls(source, name)
+    ]
+    assert [ast.unparse(call.args[0]) for call in calls] == ["disk / 'merged'", "disk / 'gguf'"]
+
+
+def _calls(source: str, name: str) -> list[ast.Call]:
+    """The calls of a function or a method of that name."""
+    return [
+        node
+        for node in ast.walk(ast.parse(transform(source)))
+        if isinstance(node, ast.Call) and ast.unparse(node.func).split(".")[-1] == name
+    ]
 
 
 # ---- what must not be there

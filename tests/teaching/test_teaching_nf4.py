@@ -229,6 +229,12 @@ def test_words_carry_the_numbers(quantised):
     pair = weight_before_and_after(quantised, Q_PROJ)
     text = describe_weight_histogram(pair)
     assert f"{pair.relative_error:.1%}" in text and "128 x 128" in text and "4.1" in text
+    span = 3.5 * float(pair.before.float().std())
+    beyond = float((pair.after.float().abs() > span).float().mean())
+    said = f"ends at {span:.2g} on both sides and leaves out {beyond:.1%} of them"
+    assert said in text
+    (label,) = draw_weight_histogram(pair).findobj(lambda artist: artist.get_gid() == "beyond")
+    assert f"{beyond:.1%}" in label.get_text()
     quantised.config._name_or_path = ""
     text = describe_weight_histogram(weight_before_and_after(quantised, Q_PROJ))
     assert "not known" in text and "None" not in text

@@ -33,7 +33,7 @@ def test_memory_and_seconds_are_those_of_the_planner() -> None:
     minutes = 378 * 2 * planned.step_seconds / 60
     assert found.sentence().startswith(f"It fits: {planned.peak_memory_gib:.2f} of ")
     assert "2 micro-batches of 4 x 1,024 tokens" in found.sentence()
-    assert f"378 steps take about {minutes:.0f} min" in found.sentence()
+    assert f"378 steps of full rows take about {minutes:.0f} min" in found.sentence()
 
 
 def test_max_steps_counts_where_it_is_given() -> None:
@@ -41,8 +41,8 @@ def test_max_steps_counts_where_it_is_given() -> None:
     assert plan({**SETTINGS, "max_steps": 60}).steps == 60
     unknown = plan(SETTINGS)
     assert unknown.steps is None
-    assert "steps take" not in unknown.sentence()
-    assert "steps take" in plan({**SETTINGS, "max_steps": 60}).sentence()
+    assert "full rows" not in unknown.sentence()
+    assert "60 steps of full rows take about" in plan({**SETTINGS, "max_steps": 60}).sentence()
 
 
 def test_a_misfit_says_what_to_change_in_the_panels_words() -> None:
