@@ -7,7 +7,7 @@ from typing import Any
 
 from colab_qlora.decoding import free_decoding
 from colab_qlora.errors import UserError
-from colab_qlora.export.methods import bind_export_methods
+from colab_qlora.export.methods import bind_methods
 from colab_qlora.models.adapters import (
     DEFAULT_TARGETS,
     attach_lora,
@@ -110,7 +110,7 @@ class FastLanguageModel:
                 raise UserError("full_finetuning takes a model, not adapters", got=model_name)
             with unknown_arguments_named(kwargs):
                 loaded = load_adapter_folder(model_name, max_seq_length, *load_args, **options)
-            bind_export_methods(loaded[0])
+            bind_methods(loaded[0])
             return loaded
         if trains_all is not None:
             refuse_quantised_checkpoint(
@@ -118,7 +118,7 @@ class FastLanguageModel:
             )
         with unknown_arguments_named(kwargs):
             loaded = load_model_and_tokenizer(model_name, max_seq_length, *load_args, **options)
-        bind_export_methods(loaded[0])
+        bind_methods(loaded[0])
         if trains_all is not None:
             train_every_weight(loaded[0], trains_all)
         return loaded
@@ -191,7 +191,7 @@ class FastLanguageModel:
             host_budget_gib=host_budget_gib,
             **lora_options,
         )
-        return bind_export_methods(adapted)
+        return bind_methods(adapted)
 
     @staticmethod
     def for_inference(model: Any) -> Any:

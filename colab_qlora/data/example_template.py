@@ -23,6 +23,7 @@ from colab_qlora.errors import UserError
 
 _SYSTEM = "{SYSTEM}"
 _PAIR = ["{INPUT}", "{OUTPUT}"]
+_SLOT = r"\{(?:SYSTEM|INPUT|OUTPUT)\}"
 
 
 def is_example(template: object) -> bool:
@@ -47,14 +48,7 @@ def format_of_example(text: str, tokenizer: Any, default_system: str | None = No
     """
     bos = tokenizer.bos_token or ""
     has_bos = bool(bos) and text.startswith(bos)
-    texts = re.split(r"\{(?:SYSTEM|INPUT|OUTPUT)\}", text.removeprefix(bos))
-    slots = re.findall(r"\{(?:SYSTEM|INPUT|OUTPUT)\}", text)
-    has_system = slots[:1] == [_SYSTEM]
-    if slots[has_system:] not in (_PAIR, _PAIR * 2):
-        raise _unreadable(
-            f"{' '.join(slots) or 'no slot'} in {shown(text)}",
-            "{INPUT} {OUTPUT}, once or twice, and {SYSTEM} in front of them or not",
-        )
+    texts, has_system = _around_slots(text, bos)
     if default_system is not None and not has_system:
         raise UserError(
             "default_system_message has no place in chat_template",
@@ -69,17 +63,9 @@ def format_of_example(text: str, tokenizer: Any, default_system: str | None = No
     ends = sorted((ending.index(token), token) for token in special if token in ending)
     said = f"{_literal(ending)}{'' if ends else ' + turn_end'}"
     start = f"{_literal(before_system)} + chat.system + " if has_system else ""
-    turns = (
-        f"{{{{- {start}{_literal(beginning)} -}}}}\n"
-        "{%- for turn in chat.turns -%}\n"
-        f"{{%- if turn['role'] == 'user' -%}}{{{{- {_literal(heading)} + turn['content'] -}}}}\n"
-        f"{{%- else -%}}{{{{- {_literal(middle)} + turn['content'] + {said} -}}}}{{%- endif -%}}\n"
-        "{%- endfor -%}\n"
-        f"{{%- if add_generation_prompt -%}}{{{{- {_literal(middle)} -}}}}{{%- endif -%}}"
-    )
     return ChatFormat(
         "of your own",
-        turns,
+        _turns(f"{start}{_literal(beginning)}", _literal(heading), _literal(middle), said),
         turn_end=ends[0][1] if ends else None,
         eos_token=tokenizer.eos_token or "",
         source="",
@@ -87,6 +73,36 @@ def format_of_example(text: str, tokenizer: Any, default_system: str | None = No
         alternates=True,
         has_system=not has_system,
         default_system=default_system,
+    )
+
+
+def _around_slots(text: str, bos: str) -> tuple[list[str], bool]:
+    """What stands around the slots, without `bos`; and whether the first of them is {SYSTEM}."""
+    texts = re.split(_SLOT, text.removeprefix(bos))
+    slots = re.findall(_SLOT, text)
+    has_system = slots[:1] == [_SYSTEM]
+    if slots[has_system:] not in (_PAIR, _PAIR * 2):
+        raise _unreadable(
+            f"{' '.join(slots) or 'no slot'} in {shown(text)}",
+            "{INPUT} {OUTPUT}, once or twice, and {SYSTEM} in front of them or not",
+        )
+    return texts, has_system
+
+
+def _turns(start: str, heading: str, middle: str, ending: str) -> str:
+    """The Jinja template of a format, of Jinja expressions.
+
+    Args:
+        start: of a conversation.
+        heading, middle, ending: before a user's text, before an answer and after one.
+    """
+    return (
+        f"{{{{- {start} -}}}}\n"
+        "{%- for turn in chat.turns -%}\n"
+        f"{{%- if turn['role'] == 'user' -%}}{{{{- {heading} + turn['content'] -}}}}\n"
+        f"{{%- else -%}}{{{{- {middle} + turn['content'] + {ending} -}}}}{{%- endif -%}}\n"
+        "{%- endfor -%}\n"
+        f"{{%- if add_generation_prompt -%}}{{{{- {middle} -}}}}{{%- endif -%}}"
     )
 
 

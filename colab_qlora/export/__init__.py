@@ -30,12 +30,12 @@ from colab_qlora.lazy import lazy_names
 if TYPE_CHECKING:
     from colab_qlora.export.hub import push_to_hub, push_to_hub_gguf, push_to_hub_merged
     from colab_qlora.export.merged import save_pretrained_merged
-    from colab_qlora.export.methods import bind_export_methods
+    from colab_qlora.export.methods import bind_methods
     from colab_qlora.export.save_gguf import save_pretrained_gguf
 
 # public name -> the module that defines it
 _EXPORTS = {
-    "bind_export_methods": "methods",
+    "bind_methods": "methods",
     "push_to_hub": "hub",
     "push_to_hub_gguf": "hub",
     "push_to_hub_merged": "hub",
@@ -44,7 +44,7 @@ _EXPORTS = {
 }
 
 __all__ = [
-    "bind_export_methods",
+    "bind_methods",
     "push_to_hub",
     "push_to_hub_gguf",
     "push_to_hub_merged",

@@ -1,10 +1,10 @@
 """The saving functions, and a few others that tutorials call, as methods of one model.
 
-They are set on the instance; no class is changed, and a model that was not passed to
-`bind_export_methods` has none of them. A method knows its model by a weak reference: with a strong
-one, model -> method -> model, `del model` would free nothing before Python's garbage collector
-runs. (bitsandbytes' 4-bit linears and their weights are such a circle by themselves: of a model in
-4 bits, gc.collect() frees those.) Nothing heavy is imported before a method is called.
+They are set on the instance; no class is changed, and a model that was not passed to `bind_methods`
+has none of them. A method knows its model by a weak reference: with a strong one, model -> method
+-> model, `del model` would free nothing before Python's garbage collector runs. (bitsandbytes'
+4-bit linears and their weights are such a circle by themselves: of a model in 4 bits, gc.collect()
+frees those.) Nothing heavy is imported before a method is called.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ METHODS = {
 }
 
 
-class ExportMethod:
+class ModelMethod:
     """One of the functions, called with the model in front.
 
     A copy or a pickle of the model gets methods of its own.
@@ -69,22 +69,22 @@ class ExportMethod:
         owner = "deleted model" if model is None else type(model).__name__
         return f"<colab_qlora {self.name} of a {owner}>"
 
-    def __deepcopy__(self, memo: dict[int, Any]) -> ExportMethod:
+    def __deepcopy__(self, memo: dict[int, Any]) -> ModelMethod:
         # the copy of the model is in the memo if that is what is being copied
         model = self.model
-        return ExportMethod(memo.get(id(model), model), self.name)
+        return ModelMethod(memo.get(id(model), model), self.name)
 
     def __reduce__(self) -> tuple[Any, ...]:
         # inside a pickled model, a reference to the model that is being rebuilt
-        return ExportMethod, (self.model, self.name)
+        return ModelMethod, (self.model, self.name)
 
     def _function(self) -> Any:
         module = importlib.import_module(f"colab_qlora.{METHODS[self.name]}")
         return getattr(module, self.name)
 
 
-def bind_export_methods(model: Any) -> Any:
-    """Give one model `save_pretrained_merged`, `save_pretrained_gguf` and its like: `METHODS`.
+def bind_methods(model: Any) -> Any:
+    """Give one model the methods of `METHODS`: `save_pretrained_merged`, `generate` and so on.
 
     Args:
         model: a transformers model or a `PeftModel`. Each of the two needs its own: what a
@@ -94,5 +94,5 @@ def bind_export_methods(model: Any) -> Any:
         The model.
     """
     for name in METHODS:
-        model.__dict__[name] = ExportMethod(model, name)
+        model.__dict__[name] = ModelMethod(model, name)
     return model

@@ -19,21 +19,27 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from colab_qlora.kernels.attention_layout import (
+    Grads,
+    aligned,
+    all_placed,
+    by_head,
+    by_token,
+    for_flash,
+    placed,
+    repeated,
+    summed,
+)
 from colab_qlora.kernels.attention_math import math_backward, math_forward
 from colab_qlora.kernels.attention_shape import AttentionShape
 
 _aten = torch.ops.aten
 
-# vector loads of the CUDA kernels; they fail, or read wrongly, from other addresses
-_ALIGNMENT_BYTES = 16
 # the memory-efficient kernel keeps its logsumexp in rows of a multiple of 32, filled with inf
 _EFFICIENT_LSE_ROWS = 32
 _CAUSAL_FROM_TOP_LEFT = 1
 # of K and V with a head for every query head: more than this is done a few heads at a time
 MOST_REPEATED_BYTES = 256 * 2**20
-
-Outs = tuple[Tensor | None, Tensor | None, Tensor | None]
-Grads = tuple[Tensor, Tensor, Tensor]
 
 
 class Backend(NamedTuple):
@@ -46,21 +52,21 @@ class Backend(NamedTuple):
 
 
 def _cudnn_forward(q, k, v, shape, out):
-    q, k, v = (_by_head(_aligned(x), shape) for x in (q, k, v))
+    q, k, v = (by_head(aligned(x), shape) for x in (q, k, v))
     result = _aten._scaled_dot_product_cudnn_attention(
         q, k, v, None, True, 0.0, shape.causal, False, scale=shape.scale
     )
-    return _place(_by_token(result[0], shape), out), result[1]
+    return placed(by_token(result[0], shape), out), result[1]
 
 
 def _cudnn_backward(do, q, k, v, o, lse, shape, outs):
-    do, q, k, v, o = (_by_head(_aligned(x), shape) for x in (do, q, k, v, o))
+    do, q, k, v, o = (by_head(aligned(x), shape) for x in (do, q, k, v, o))
     seed, length = _no_seed(lse), shape.seq_length
     grads = _aten._scaled_dot_product_cudnn_attention_backward(
         do, q, k, v, o, lse, seed, seed, None, None, None, length, length, 0.0, shape.causal,
         scale=shape.scale,
     )  # fmt: skip
-    return _place_all([_by_token(x, shape) for x in grads], outs)
+    return all_placed([by_token(x, shape) for x in grads], outs)
 
 
 def _flash_options(x: Tensor, shape: AttentionShape) -> tuple[Tensor | None, dict[str, Any]]:
@@ -75,23 +81,23 @@ def _flash_options(x: Tensor, shape: AttentionShape) -> tuple[Tensor | None, dic
 
 def _flash_forward(q, k, v, shape, out):
     starts, options = _flash_options(q, shape)
-    q, k, v = (_for_flash(x, shape) for x in (q, k, v))
+    q, k, v = (for_flash(x, shape) for x in (q, k, v))
     longest = shape.longest
     result = _aten._flash_attention_forward(
         q, k, v, starts, starts, longest, longest, 0.0, shape.causal, False, **options
     )
-    return _place(result[0].reshape(-1, *result[0].shape[-2:]), out), result[1]
+    return placed(result[0].reshape(-1, *result[0].shape[-2:]), out), result[1]
 
 
 def _flash_backward(do, q, k, v, o, lse, shape, outs):
     starts, options = _flash_options(q, shape)
-    do, q, k, v, o = (_for_flash(x, shape) for x in (do, q, k, v, o))
+    do, q, k, v, o = (for_flash(x, shape) for x in (do, q, k, v, o))
     seed, longest = _no_seed(lse), shape.longest
     grads = _aten._flash_attention_backward(
         do, q, k, v, o, lse, starts, starts, longest, longest, 0.0, shape.causal, seed, seed,
         **options,
     )  # fmt: skip
-    return _place_all([x.reshape(-1, *x.shape[-2:]) for x in grads], outs)
+    return all_placed([x.reshape(-1, *x.shape[-2:]) for x in grads], outs)
 
 
 def _triton_forward(q, k, v, shape, out):
@@ -118,17 +124,17 @@ def _triton_options(q: Tensor, shape: AttentionShape) -> dict[str, Any]:
 
 
 def _efficient_forward(q, k, v, shape, out):
-    q, k, v = (_by_head(x, shape) for x in (_aligned(q), *_repeated(k, v, shape)))
+    q, k, v = (by_head(x, shape) for x in (aligned(q), *repeated(k, v, shape)))
     result = _aten._scaled_dot_product_efficient_attention(
         q, k, v, _efficient_bias(q, shape), True, 0.0, shape.causal, scale=shape.scale
     )
-    return _place(_by_token(result[0], shape), out), result[1]
+    return placed(by_token(result[0], shape), out), result[1]
 
 
 def _efficient_backward(do, q, k, v, o, lse, shape, outs):
     # the kernel takes the strides of o for granted
-    do, q, o = _aligned(do), _aligned(q), o.contiguous()
-    do, q, k, v, o = (_by_head(x, shape) for x in (do, q, *_repeated(k, v, shape), o))
+    do, q, o = aligned(do), aligned(q), o.contiguous()
+    do, q, k, v, o = (by_head(x, shape) for x in (do, q, *repeated(k, v, shape), o))
     if lse.shape[-1] % _EFFICIENT_LSE_ROWS:
         lse = torch.nn.functional.pad(
             lse, (0, -lse.shape[-1] % _EFFICIENT_LSE_ROWS), value=torch.inf
@@ -138,8 +144,8 @@ def _efficient_backward(do, q, k, v, o, lse, shape, outs):
         do, q, k, v, _efficient_bias(q, shape), o, lse, seed, seed, 0.0,
         [True, True, True, False], shape.causal, scale=shape.scale,
     )  # fmt: skip
-    dq, dk, dv = (_by_token(x, shape) for x in (dq, dk, dv))
-    return _place(dq, outs[0]), _summed(dk, shape, outs[1]), _summed(dv, shape, outs[2])
+    dq, dk, dv = (by_token(x, shape) for x in (dq, dk, dv))
+    return placed(dq, outs[0]), summed(dk, shape, outs[1]), summed(dv, shape, outs[2])
 
 
 def _efficient_bias(q: Tensor, shape: AttentionShape) -> Tensor | None:
@@ -150,14 +156,14 @@ def _efficient_bias(q: Tensor, shape: AttentionShape) -> Tensor | None:
 
 def _efficient_varlen_forward(q, k, v, shape, out):
     starts, longest = shape.boundaries(q.device), shape.longest
-    q, k, v = (x.unsqueeze(0) for x in (_aligned(q), *_repeated(k, v, shape)))
+    q, k, v = (x.unsqueeze(0) for x in (aligned(q), *repeated(k, v, shape)))
     kind = _CAUSAL_FROM_TOP_LEFT if shape.causal else 0
     result = _aten._efficient_attention_forward(
         q, k, v, None, starts, starts, longest, longest, 0.0, kind, True, scale=shape.scale
     )
     # the kernel's own layout has a row of the longest document's length for every document
     number, place = shape.places(q.device)
-    return _place(result[0].squeeze(0), out), result[1][number, :, place].t().contiguous()
+    return placed(result[0].squeeze(0), out), result[1][number, :, place].t().contiguous()
 
 
 def _efficient_varlen_backward(do, q, k, v, o, lse, shape, outs):
@@ -166,33 +172,33 @@ def _efficient_varlen_backward(do, q, k, v, o, lse, shape, outs):
     padded = lse.new_full((starts.numel() - 1, shape.q_heads, rows), torch.inf)
     number, place = shape.places(q.device)
     padded[number, :, place] = lse.t()
-    do, q, o = _aligned(do), _aligned(q), o.contiguous()
-    do, q, k, v, o = (x.unsqueeze(0) for x in (do, q, *_repeated(k, v, shape), o))
+    do, q, o = aligned(do), aligned(q), o.contiguous()
+    do, q, k, v, o = (x.unsqueeze(0) for x in (do, q, *repeated(k, v, shape), o))
     seed, kind = _no_seed(lse), _CAUSAL_FROM_TOP_LEFT if shape.causal else 0
     grads = _aten._efficient_attention_backward(
         do, q, k, v, None, o, starts, starts, longest, longest, padded, 0.0, seed, seed, kind,
         False, scale=shape.scale,
     )  # fmt: skip
     dq, dk, dv = (x.squeeze(0) for x in grads[:3])
-    return _place(dq, outs[0]), _summed(dk, shape, outs[1]), _summed(dv, shape, outs[2])
+    return placed(dq, outs[0]), summed(dk, shape, outs[1]), summed(dv, shape, outs[2])
 
 
 def _cpu_flash_forward(q, k, v, shape, out):
-    q, k, v = (_by_head(x, shape) for x in (q, *_repeated(k, v, shape)))
+    q, k, v = (by_head(x, shape) for x in (q, *repeated(k, v, shape)))
     o, lse = _aten._scaled_dot_product_flash_attention_for_cpu(
         q, k, v, 0.0, shape.causal, attn_mask=shape.bias(q.dtype, q.device), scale=shape.scale
     )
-    return _place(_by_token(o, shape), out), lse
+    return placed(by_token(o, shape), out), lse
 
 
 def _cpu_flash_backward(do, q, k, v, o, lse, shape, outs):
-    do, q, k, v, o = (_by_head(x, shape) for x in (do, q, *_repeated(k, v, shape), o))
+    do, q, k, v, o = (by_head(x, shape) for x in (do, q, *repeated(k, v, shape), o))
     grads = _aten._scaled_dot_product_flash_attention_for_cpu_backward(
         do, q, k, v, o, lse, 0.0, shape.causal,
         attn_mask=shape.bias(q.dtype, q.device), scale=shape.scale,
     )  # fmt: skip
-    dq, dk, dv = (_by_token(x, shape) for x in grads)
-    return _place(dq, outs[0]), _summed(dk, shape, outs[1]), _summed(dv, shape, outs[2])
+    dq, dk, dv = (by_token(x, shape) for x in grads)
+    return placed(dq, outs[0]), summed(dk, shape, outs[1]), summed(dv, shape, outs[2])
 
 
 def _by_document(dense: Backend) -> Backend:
@@ -285,65 +291,9 @@ def head_parts(shape: AttentionShape, itemsize: int) -> list[tuple[AttentionShap
     return parts
 
 
-def _by_head(x: Tensor, shape: AttentionShape) -> Tensor:
-    """(tokens, heads, head_dim) as a view (batch, heads, seq_length, head_dim)."""
-    token, head, column = x.stride()
-    batch, length = shape.batch, shape.seq_length
-    # one view, where `view` and `transpose` are two
-    sizes = (batch, x.shape[1], length, x.shape[2])
-    return x.as_strided(sizes, (length * token, head, token, column))
-
-
-def _by_token(x: Tensor, shape: AttentionShape) -> Tensor:
-    """The inverse of `_by_head`; a view where the kernel kept the order of the queries."""
-    return x.transpose(1, 2).reshape(shape.tokens, x.shape[1], x.shape[3])
-
-
-def _for_flash(x: Tensor, shape: AttentionShape) -> Tensor:
-    x = _aligned(x)
-    return x if shape.packed else x.view(shape.batch, shape.seq_length, *x.shape[1:])
-
-
-def _repeated(k: Tensor, v: Tensor, shape: AttentionShape) -> tuple[Tensor, Tensor]:
-    """K and V with a head for every query head; themselves where they have one already."""
-    if shape.group == 1:
-        return _aligned(k), _aligned(v)
-    sizes = (shape.tokens, shape.kv_heads, shape.group, shape.head_dim)
-    heads = (shape.tokens, shape.q_heads, shape.head_dim)
-    return k.unsqueeze(2).expand(sizes).reshape(heads), v.unsqueeze(2).expand(sizes).reshape(heads)
-
-
-def _summed(expanded: Tensor, shape: AttentionShape, out: Tensor | None) -> Tensor:
-    """The gradient of a repeated K or V, summed over the query heads that shared it."""
-    if shape.group == 1:
-        return _place(expanded, out)
-    by_group = expanded.unflatten(1, (shape.kv_heads, shape.group))
-    return by_group.sum(2) if out is None else torch.sum(by_group, 2, out=out)
-
-
-def _aligned(x: Tensor) -> Tensor:
-    """`x`, or a contiguous copy if its rows do not start at multiples of 16 bytes."""
-    if x.device.type == "cpu" and x.stride(-1) == 1:
-        return x
-    size = x.element_size()
-    offsets = [x.data_ptr(), *(stride * size for stride in x.stride()[:-1])]
-    if x.stride(-1) == 1 and not any(offset % _ALIGNMENT_BYTES for offset in offsets):
-        return x
-    return x.clone(memory_format=torch.contiguous_format)
-
-
 def _no_seed(like: Tensor) -> Tensor:
     """What stands for the state of the random numbers where nothing is dropped."""
     return like.new_empty(0, dtype=torch.int64)
-
-
-def _place(result: Tensor, out: Tensor | None) -> Tensor:
-    return result if out is None else out.copy_(result)
-
-
-def _place_all(results: list[Tensor], outs: Outs) -> Grads:
-    dq, dk, dv = (_place(result, out) for result, out in zip(results, outs, strict=True))
-    return dq, dk, dv
 
 
 BACKENDS = {

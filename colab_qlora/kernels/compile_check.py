@@ -19,7 +19,6 @@ import dataclasses
 import importlib
 import inspect
 import io
-import json
 import os
 import re
 import subprocess
@@ -33,6 +32,14 @@ from typing import Any
 from colab_qlora.errors import UserError
 from colab_qlora.kernels.backend import HAS_TRITON, is_interpreting
 from colab_qlora.kernels.compile_case import BFLOAT, HALF, CompileCase
+from colab_qlora.kernels.compile_report import (
+    Result,
+    counts_line,
+    exit_status,
+    table_head,
+    table_row,
+    write_json,
+)
 
 # every module that has a compile_cases of its own
 KERNEL_MODULES = (
@@ -76,39 +83,6 @@ SPILL_FREE = (75,)
 _AMPERE = 80
 
 _NO_DOT = "tl.dot has no tensor cores below sm_80"
-
-_COLUMNS = "{:<58} {:>3} {:>9} {:>12} {:>17} {:>6} {:>5}  {}"
-_TITLES = ("kernel case", "sm", "registers", "shared bytes", "spills store/load", "ptx kB", "ms")
-
-_STATUSES = ("compiled", "skipped", "failed")
-
-
-@dataclasses.dataclass(frozen=True)
-class Result:
-    """One case for one capability.
-
-    Attributes:
-        case: the case's name, with " bf16" behind it where "*fp16" was compiled as "*bf16".
-        capability: 10 * major + minor.
-        status: "compiled", "skipped" or "failed".
-        reason: why it was skipped or has failed.
-        registers: of a thread.
-        shared_bytes: of a program, as the launch asks for.
-        spill_store_bytes, spill_load_bytes: of a thread.
-        ptx_bytes: length of the PTX text.
-        milliseconds: from the Python source to the machine code.
-    """
-
-    case: str
-    capability: int
-    status: str
-    reason: str = ""
-    registers: int | None = None
-    shared_bytes: int | None = None
-    spill_store_bytes: int | None = None
-    spill_load_bytes: int | None = None
-    ptx_bytes: int | None = None
-    milliseconds: float | None = None
 
 
 def load_cases(capability: int, names: Sequence[str] = ()) -> list[CompileCase]:
@@ -253,31 +227,6 @@ def check(cases: Iterable[CompileCase], capability: int) -> Iterator[Result]:
     return (check_case(case, capability) for case in cases)
 
 
-def exit_status(results: Iterable[Result]) -> int:
-    """1 if a case has failed, else 0."""
-    return int(any(result.status == "failed" for result in results))
-
-
-def table_row(result: Result) -> str:
-    """One line of the table, in columns as `_TITLES`."""
-    note = "" if result.status == "compiled" else f"{result.status}: {result.reason}"
-    numbers = ["-"] * 5
-    if result.registers is not None:
-        assert result.ptx_bytes is not None
-        spills = f"{result.spill_store_bytes}/{result.spill_load_bytes}"
-        numbers = [str(result.registers), str(result.shared_bytes), spills]
-        numbers += [f"{result.ptx_bytes / 1000:.1f}", f"{result.milliseconds:.0f}"]
-    return _COLUMNS.format(result.case, result.capability, *numbers, note).rstrip()
-
-
-def _write_json(path: Path, results: list[Result]) -> None:
-    import triton
-
-    rows = [dataclasses.asdict(result) for result in results]
-    text = json.dumps({"triton": triton.__version__, "results": rows}, indent=1)
-    path.write_text(text + "\n", encoding="utf-8")
-
-
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="python -m colab_qlora.kernels.compile_check")
     parser.add_argument(
@@ -302,7 +251,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     results: list[Result] = []
     try:
         _check_can_compile()
-        print(_COLUMNS.format(*_TITLES, "").rstrip())
+        print(table_head())
         for capability in options.capability:
             for result in check(load_cases(capability, options.case), capability):
                 results.append(result)
@@ -313,9 +262,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print(error, file=sys.stderr)
         return 2
     if options.json is not None:
-        _write_json(options.json, results)
-    counts = [sum(result.status == status for result in results) for status in _STATUSES]
-    print(", ".join(f"{count} {status}" for count, status in zip(counts, _STATUSES, strict=True)))
+        write_json(options.json, results)
+    print(counts_line(results))
     return exit_status(results)
 
 

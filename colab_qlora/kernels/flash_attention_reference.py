@@ -80,7 +80,6 @@ def attention_reference_backward(
     check_attention(
         q, k, v, scale, cu_seqlens, {"do": do, "o": o, "dq": dq}, {"dk": dk, "dv": dv}, cap
     )
-    wide = _wide(q)
     dq, dk, dv = (
         x.new_empty(x.shape) if buffer is None else buffer
         for x, buffer in ((q, dq), (k, dk), (v, dv))
@@ -89,27 +88,42 @@ def attention_reference_backward(
     for gradient in (dq, dk, dv):
         gradient[ends[-1] :] = 0
     for begin, end in zip(ends, ends[1:], strict=False):
-        keys, values = (_by_head(x[begin:end], wide) for x in (k, v))
-        dk_sum, dv_sum = torch.zeros_like(keys), torch.zeros_like(values)
-        for rows, seen in _row_chunks(begin, end, causal):
-            slopes, queries, outputs = (
-                _by_key_head(x[rows], keys.shape[0], wide) for x in (do, q, o)
-            )
-            scores, factor, steepness = _bounded(queries @ keys[:, :seen].mT, scale, cap)
-            _hide_later_(scores, rows, begin, causal)
-            total = lse[:, rows].reshape(*queries.shape[:2], 1)
-            weights = _exponentials(scores, factor, total)
-            dv_sum[:, :seen].baddbmm_(weights.mT, slopes)
-            d_weights = slopes @ values[:, :seen].mT
-            delta = outputs.mul_(slopes).sum(-1, keepdim=True)
-            d_scores = d_weights.sub_(delta).mul_(weights)
-            if steepness is not None:
-                d_scores.mul_(steepness)
-            dk_sum[:, :seen].baddbmm_(d_scores.mT, queries, alpha=scale)
-            _write(dq[rows], (d_scores @ keys[:, :seen]).mul_(scale))
-        dk[begin:end] = dk_sum.transpose(0, 1)
-        dv[begin:end] = dv_sum.transpose(0, 1)
+        dk[begin:end], dv[begin:end] = _document_backward(
+            (do, q, k, v, o, lse), dq, begin, end, scale=scale, causal=causal, cap=cap
+        )
     return dq, dk, dv
+
+
+def _document_backward(
+    tensors: tuple[Tensor, ...],
+    dq: Tensor,
+    begin: int,
+    end: int,
+    *,
+    scale: float,
+    causal: bool,
+    cap: float | None,
+) -> tuple[Tensor, Tensor]:
+    """Write dq of one document, tokens `begin` to `end`; return its dk and dv, not yet rounded."""
+    do, q, k, v, o, lse = tensors
+    wide = _wide(q)
+    keys, values = (_by_head(x[begin:end], wide) for x in (k, v))
+    dk, dv = torch.zeros_like(keys), torch.zeros_like(values)
+    for rows, seen in _row_chunks(begin, end, causal):
+        slopes, queries, outputs = (_by_key_head(x[rows], keys.shape[0], wide) for x in (do, q, o))
+        scores, factor, steepness = _bounded(queries @ keys[:, :seen].mT, scale, cap)
+        _hide_later_(scores, rows, begin, causal)
+        total = lse[:, rows].reshape(*queries.shape[:2], 1)
+        weights = _exponentials(scores, factor, total)
+        dv[:, :seen].baddbmm_(weights.mT, slopes)
+        d_weights = slopes @ values[:, :seen].mT
+        delta = outputs.mul_(slopes).sum(-1, keepdim=True)
+        d_scores = d_weights.sub_(delta).mul_(weights)
+        if steepness is not None:
+            d_scores.mul_(steepness)
+        dk[:, :seen].baddbmm_(d_scores.mT, queries, alpha=scale)
+        _write(dq[rows], (d_scores @ keys[:, :seen]).mul_(scale))
+    return dk.transpose(0, 1), dv.transpose(0, 1)
 
 
 def _wide(q: Tensor) -> torch.dtype:

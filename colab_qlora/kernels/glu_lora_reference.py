@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 
 from colab_qlora.kernels.swiglu import glu_backward
+from colab_qlora.kernels.swiglu_reference import widened
 
 # what belongs to down_proj, gate_proj and up_proj: a factor each, or a result each
 Sums = tuple[torch.Tensor | None, torch.Tensor | None, torch.Tensor | None]
@@ -26,11 +27,7 @@ def glu_lora_reference_backward(
     *_, m = glu_backward(
         dm, gate, up, activation=activation, d_gate=d_gate, d_up=d_up, rebuild=ds is not None
     )
-    d_a = None if ds is None or m is None else _wide(ds).t() @ _wide(m)
-    d_b_gate = None if xg is None else _wide(d_gate).t() @ _wide(xg)
-    d_b_up = None if xu is None else _wide(d_up).t() @ _wide(xu)
+    d_a = None if ds is None or m is None else widened(ds).t() @ widened(m)
+    d_b_gate = None if xg is None else widened(d_gate).t() @ widened(xg)
+    d_b_up = None if xu is None else widened(d_up).t() @ widened(xu)
     return d_a, d_b_gate, d_b_up
-
-
-def _wide(tensor: torch.Tensor) -> torch.Tensor:
-    return tensor if tensor.dtype == torch.float64 else tensor.float()

@@ -21,8 +21,7 @@ from colab_qlora.errors import UserError
 from colab_qlora.kernels.backend import runs_triton, tl, triton
 from colab_qlora.kernels.compile_case import FLOAT, HALF, CompileCase
 from colab_qlora.kernels.launch import Launch, start_repeatable
-
-_DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+from colab_qlora.kernels.misfit import check_out
 
 # units for each of a program's 128 threads: 4 words hide the latency of the loads, as in nf4.py,
 # and 8 bytes with a division each take no more registers
@@ -180,27 +179,13 @@ def int8_decode_(weight: Int8Weight, out: torch.Tensor) -> Launch | None:
     Raises:
         UserError: `out` has another shape, device, dtype or stride. Nothing is written then.
     """
-    check_int8_out(weight, out)
+    check_out(out, weight)
     if not out.numel():
         return None
     if runs_triton(out):
         return _launch(weight, out)
     int8_decode_reference_(weight, out)
     return None
-
-
-def check_int8_out(weight: Int8Weight, out: torch.Tensor) -> None:
-    """Raise UserError unless the weight can be decoded into `out`."""
-    if out.shape != weight.shape or out.device != weight.device:
-        got = f"{tuple(out.shape)} on {out.device}"
-        allowed = f"{tuple(weight.shape)} on {weight.device}"
-        raise UserError("out does not fit the weight", got=got, allowed=allowed)
-    if out.dtype not in _DTYPES:
-        allowed = "float16, bfloat16, float32, float64"
-        raise UserError("out has another dtype", got=out.dtype, allowed=allowed)
-    if out.shape[1] > 1 and out.stride(1) != 1:
-        got = f"strides {out.stride()}"
-        raise UserError("out has gaps inside its rows", got=got, allowed="a last stride of 1")
 
 
 def compile_cases() -> list[CompileCase]:

@@ -20,41 +20,32 @@ from typing import Any, NamedTuple
 
 import torch
 
-from colab_qlora.kernels.backend import runs_triton, tl, triton
+from colab_qlora.kernels.backend import runs_triton
 from colab_qlora.kernels.compile_case import FLOAT, HALF, CompileCase
-from colab_qlora.kernels.int8_decode import (
-    WORD_CODES,
-    Int8Weight,
-    check_int8_out,
-    decode_int8_program,
-    int8_units,
-)
+from colab_qlora.kernels.int8_decode import WORD_CODES, Int8Weight, int8_units
 from colab_qlora.kernels.launch import Launch, start_repeatable
 from colab_qlora.kernels.lora_borders import (
-    POINTERS,
     TILE_COLUMNS,
     TILE_ROWS,
-    VARYING,
     Border,
     border_arguments,
     border_programs,
     border_signature,
     check_borders,
     fits_kernel,
-    write_border_tile,
 )
+from colab_qlora.kernels.misfit import check_out
+from colab_qlora.kernels.mixed_group_kernel import mixed_kernel
 from colab_qlora.kernels.nf4 import (
     FUSES_MULTIPLY_ADD,
     PROGRAM_CODES,
     block_shift,
-    check_out,
-    dequantize_program,
-    nf4_state,
     packed_units,
     programs_of,
     weight_arguments,
 )
 from colab_qlora.kernels.nf4_many import MOST_WEIGHTS, NUMBERS
+from colab_qlora.kernels.nf4_state import nf4_state
 
 # the order in a launch
 _KINDS = ("nf4", "int8", "plain")
@@ -62,107 +53,9 @@ _KINDS = ("nf4", "int8", "plain")
 _STEP = 8
 assert _STEP == WORD_CODES
 
-_SHIFTS = ["shift0", "shift1", "shift2"]
-# as in nf4.py, narrow loads come in the layout that the stores need; plain weights are read as
-# widely as they are written
-_PACKED = ["packed0", "packed1", "packed2"]
-
-
-@triton.jit
-def _copy_program(
-    program, plain, out, weights, row_steps, row_stride_steps,
-    STEP: tl.constexpr, UNITS: tl.constexpr,
-):  # fmt: skip
-    """Rows of row_steps steps of STEP values, without gaps, to rows further apart."""
-    first = program.to(tl.int64) * UNITS
-    unit = tl.arange(0, UNITS)  # [UNITS]
-    lane = tl.arange(0, STEP)[None, :]  # [1, STEP]
-    is_unit = ((first + unit) * STEP < weights)[:, None]
-    value = tl.load(plain + (first + unit)[:, None] * STEP + lane, mask=is_unit, other=0.0)
-    # one division of 64 bits a program, and one of 32 bits a unit
-    first_row = first // row_steps
-    step = unit + (first - first_row * row_steps).to(tl.int32)
-    row = step // row_steps
-    start = (first_row + row) * row_stride_steps + (step - row * row_steps)
-    tl.store(out + start[:, None] * STEP + lane, value.to(out.dtype.element_ty), mask=is_unit)
-
-
-@triton.jit
-def _weight_program(
-    program,
-    packed, code, absmax, nested_absmax, nested_code, offset, plain, out, weights, shift,
-    row_steps, row_stride_steps,
-    KIND: tl.constexpr, NESTED_BLOCKSIZE: tl.constexpr, STEP: tl.constexpr, UNITS: tl.constexpr,
-):  # fmt: skip
-    if KIND == "nf4":
-        dequantize_program(
-            program,
-            packed, code, absmax, nested_absmax, nested_code, offset, out, weights,
-            row_steps, row_stride_steps,
-            shift, NESTED_BLOCKSIZE, STEP, STEP, UNITS,
-        )  # fmt: skip
-    elif KIND == "int8":
-        decode_int8_program(
-            program, packed, absmax, out, weights // STEP, row_steps, row_stride_steps, STEP, UNITS
-        )
-    else:
-        _copy_program(program, plain, out, weights, row_steps, row_stride_steps, STEP, UNITS)
-
-
-@triton.jit(
-    do_not_specialize=[*NUMBERS, *_SHIFTS, "borders", "height", *VARYING],
-    do_not_specialize_on_alignment=[*_PACKED, *POINTERS],
-)
-def _mixed_kernel(
-    packed0, code0, absmax0, nested_absmax0, nested_code0, offset0, plain0, out0, weights0, shift0,
-    packed1, code1, absmax1, nested_absmax1, nested_code1, offset1, plain1, out1, weights1, shift1,
-    packed2, code2, absmax2, nested_absmax2, nested_code2, offset2, plain2, out2, weights2, shift2,
-    second, third, row_steps, row_stride_steps,
-    KIND0: tl.constexpr, KIND1: tl.constexpr, KIND2: tl.constexpr,
-    NESTED_BLOCKSIZE: tl.constexpr, STEP: tl.constexpr, UNITS: tl.constexpr,
-    borders, buffer, height, width, spare, row_stride,
-    a0, b0, first0, last0, left0, rank0, a_rank0, scale0, a_scale0,
-    a1, b1, first1, last1, left1, rank1, a_rank1, scale1, a_scale1,
-    a2, b2, first2, last2, left2, rank2, a_rank2, scale2, a_scale2,
-    a3, b3, first3, last3, left3, rank3, a_rank3, scale3, a_scale3,
-    ROWS: tl.constexpr, COLUMNS: tl.constexpr,
-):  # fmt: skip
-    """`second`, `third`, `borders`: the programs that these start with; `shift`: block_shift."""
-    program = tl.program_id(0)
-    if program < second:
-        _weight_program(
-            program,
-            packed0, code0, absmax0, nested_absmax0, nested_code0, offset0,
-            plain0, out0, weights0, shift0, row_steps, row_stride_steps,
-            KIND0, NESTED_BLOCKSIZE, STEP, UNITS,
-        )  # fmt: skip
-    elif program < third:
-        _weight_program(
-            program - second,
-            packed1, code1, absmax1, nested_absmax1, nested_code1, offset1,
-            plain1, out1, weights1, shift1, row_steps, row_stride_steps,
-            KIND1, NESTED_BLOCKSIZE, STEP, UNITS,
-        )  # fmt: skip
-    elif program < borders:
-        _weight_program(
-            program - third,
-            packed2, code2, absmax2, nested_absmax2, nested_code2, offset2,
-            plain2, out2, weights2, shift2, row_steps, row_stride_steps,
-            KIND2, NESTED_BLOCKSIZE, STEP, UNITS,
-        )  # fmt: skip
-    else:
-        write_border_tile(
-            program - borders, buffer, height, width, spare, row_stride,
-            a0, b0, first0, last0, left0, rank0, a_rank0, scale0, a_scale0,
-            a1, b1, first1, last1, left1, rank1, a_rank1, scale1, a_scale1,
-            a2, b2, first2, last2, left2, rank2, a_rank2, scale2, a_scale2,
-            a3, b3, first3, last3, left3, rank3, a_rank3, scale3, a_scale3,
-            ROWS, COLUMNS,
-        )  # fmt: skip
-
 
 class _Told(NamedTuple):
-    """What `_weight_program` is told about one weight, and what all of a launch share."""
+    """What `mixed_kernel` is told about one weight, and what all of a launch share."""
 
     kind: str
     arguments: tuple[Any, ...]
@@ -173,7 +66,7 @@ class _Told(NamedTuple):
 def _told(weight: Any, out: torch.Tensor) -> _Told | None:
     """None where the weight cannot be read as widely as this kernel reads. Checks `out`."""
     if isinstance(weight, Int8Weight):
-        check_int8_out(weight, out)
+        check_out(out, weight)
         codes, in_unit = int8_units(weight, out)
         if in_unit != WORD_CODES:
             return None
@@ -255,7 +148,7 @@ def mixed_group_(
     arguments = [*writing, borders, *border_arguments(buffer, height, width, blocks)]
     grid = (borders + border_programs(buffer, height, width),)
     options = {"enable_fp_fusion": FUSES_MULTIPLY_ADD}
-    return True, start_repeatable(_mixed_kernel, grid, arguments, **options)
+    return True, start_repeatable(mixed_kernel, grid, arguments, **options)
 
 
 # what an 8B model's map leaves most often, and a group of each kind alone
@@ -298,7 +191,7 @@ def _compile_case(kinds: tuple[str, str, str]) -> CompileCase:
     forms = {"NESTED_BLOCKSIZE": 256 if "nf4" in kinds else 0, "STEP": _STEP}
     return CompileCase(
         name=f"mixed_group {' '.join(kinds)}",
-        kernel=_mixed_kernel,
+        kernel=mixed_kernel,
         signature=pointers | numbers | border_signature(FLOAT),
         constexprs={
             **{f"KIND{i}": kind for i, kind in enumerate(kinds)},

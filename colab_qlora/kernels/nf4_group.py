@@ -30,7 +30,8 @@ from colab_qlora.kernels.lora_borders import (
     fits_kernel,
     write_border_tile,
 )
-from colab_qlora.kernels.nf4 import FUSES_MULTIPLY_ADD, check_out, nf4_state
+from colab_qlora.kernels.misfit import check_out
+from colab_qlora.kernels.nf4 import FUSES_MULTIPLY_ADD
 from colab_qlora.kernels.nf4_many import (
     NUMBERS,
     PACKED,
@@ -38,6 +39,7 @@ from colab_qlora.kernels.nf4_many import (
     together,
 )
 from colab_qlora.kernels.nf4_many import compile_cases as weight_cases
+from colab_qlora.kernels.nf4_state import nf4_state
 
 _NUMBERS = [*NUMBERS, "borders", "height", *VARYING]
 

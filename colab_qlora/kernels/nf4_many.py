@@ -17,19 +17,18 @@ from colab_qlora.errors import UserError
 from colab_qlora.kernels.backend import runs_triton, tl, triton
 from colab_qlora.kernels.compile_case import CompileCase
 from colab_qlora.kernels.launch import Launch, start_repeatable
+from colab_qlora.kernels.misfit import check_out
 from colab_qlora.kernels.nf4 import (
     FUSES_MULTIPLY_ADD,
-    NF4State,
-    check_out,
     decode,
     dequantize_program,
     form_arguments,
-    nf4_state,
     packed_units,
     programs_of,
     weight_arguments,
 )
 from colab_qlora.kernels.nf4 import compile_cases as single_cases
+from colab_qlora.kernels.nf4_state import NF4State, nf4_state
 
 # as many as the kernel has arguments for: no group of a decoder layer's linears is larger
 MOST_WEIGHTS = 3

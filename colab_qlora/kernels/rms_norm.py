@@ -24,10 +24,16 @@ import itertools
 import torch
 from torch.autograd.function import once_differentiable
 
-from colab_qlora.kernels.backend import runs_triton, tl, triton
-from colab_qlora.kernels.compile_case import FLOAT, HALF, CompileCase
+from colab_qlora.kernels.backend import runs_triton, triton
+from colab_qlora.kernels.compile_case import CompileCase
 from colab_qlora.kernels.launch import ReadyLaunches, layout
 from colab_qlora.kernels.misfit import misfit
+from colab_qlora.kernels.rms_norm_kernels import (
+    backward_kernel,
+    compile_case,
+    forward_kernel,
+    tile_of,
+)
 from colab_qlora.kernels.rms_norm_reference import (
     check_backward,
     check_forward,
@@ -40,106 +46,12 @@ from colab_qlora.kernels.rms_norm_reference import (
 # a program keeps its rows in registers; wider ones would not fit and run the reference
 MAX_KERNEL_WIDTH = 16384
 
-# short rows share a program until it has as much to do as one of 4096, a usual hidden size
-TILE_ELEMENTS = 4096
-SHORT_WIDTH = 1024
-
 # dweight's partial sums: two programs for each multiprocessor of an H100, and at 4096 tokens still
 # 1/8 of the bytes of one half tensor
 WEIGHT_GRAD_PROGRAMS = 256
 
 _forward_launches = ReadyLaunches()
 _backward_launches = ReadyLaunches()
-
-
-@triton.jit
-def _row_offsets(index, heads, row_stride, head_stride):
-    row = index // heads
-    head = index - row * heads
-    return row.to(tl.int64) * row_stride + head.to(tl.int64) * head_stride
-
-
-@triton.jit(do_not_specialize=["rows"])
-def _forward_kernel(
-    x, residual, weight, out, rstd, h,
-    rows, heads, eps,
-    x_row, x_head, residual_row, residual_head, out_row, out_head, h_row, h_head,
-    HAS_RESIDUAL: tl.constexpr, IS_ADDED_AFTER: tl.constexpr, ADDS_ONE: tl.constexpr,
-    WIDTH: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr,
-):  # fmt: skip
-    index = tl.program_id(0) * ROWS + tl.arange(0, ROWS)  # [ROWS]
-    column = tl.arange(0, BLOCK)[None, :]  # [1, BLOCK]
-    mask = (index < rows)[:, None] & (column < WIDTH)  # [ROWS, BLOCK]
-    offset = _row_offsets(index, heads, x_row, x_head)[:, None] + column
-    value = tl.load(x + offset, mask=mask, other=0.0).to(tl.float32)
-    if HAS_RESIDUAL:
-        offset = _row_offsets(index, heads, residual_row, residual_head)[:, None] + column
-        value += tl.load(residual + offset, mask=mask, other=0.0).to(tl.float32)
-        rounded = value.to(h.dtype.element_ty)
-        # h may be x or the residual, and another thread may load what this one stores
-        tl.debug_barrier()
-        offset = _row_offsets(index, heads, h_row, h_head)[:, None] + column
-        tl.store(h + offset, rounded, mask=mask)
-        value = rounded.to(tl.float32)
-    scale = tl.rsqrt(tl.sum(value * value, axis=1) / WIDTH + eps)  # [ROWS]
-    tl.store(rstd + index, scale, mask=index < rows)
-    gain = tl.load(weight + column, mask=column < WIDTH, other=0.0).to(tl.float32)
-    if ADDS_ONE:
-        gain += 1.0
-    y = value * scale[:, None] * gain
-    if IS_ADDED_AFTER:
-        offset = _row_offsets(index, heads, residual_row, residual_head)[:, None] + column
-        y += tl.load(residual + offset, mask=mask, other=0.0).to(tl.float32)
-    offset = _row_offsets(index, heads, out_row, out_head)[:, None] + column
-    tl.store(out + offset, y.to(out.dtype.element_ty), mask=mask)
-
-
-@triton.jit(do_not_specialize=["rows"])
-def _backward_kernel(
-    dy, h, weight, rstd, residual_grad, out, partial, normed,
-    rows, heads, tiles,
-    dy_row, dy_head, h_row, h_head, residual_row, residual_head, out_row, out_head,
-    normed_row, normed_head,
-    HAS_RESIDUAL_GRAD: tl.constexpr, NEEDS_WEIGHT_GRAD: tl.constexpr, WRITES_NORMED: tl.constexpr,
-    ADDS_ONE: tl.constexpr,
-    WIDTH: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr,
-):  # fmt: skip
-    program = tl.program_id(0)
-    column = tl.arange(0, BLOCK)[None, :]  # [1, BLOCK]
-    if NEEDS_WEIGHT_GRAD:
-        gain_grad = tl.zeros([ROWS, BLOCK], dtype=tl.float32)
-    for tile in range(program, tiles, tl.num_programs(0)):
-        index = tile * ROWS + tl.arange(0, ROWS)  # [ROWS]
-        mask = (index < rows)[:, None] & (column < WIDTH)  # [ROWS, BLOCK]
-        scale = tl.load(rstd + index, mask=index < rows, other=0.0)[:, None]  # [ROWS, 1]
-        offset = _row_offsets(index, heads, h_row, h_head)[:, None] + column
-        scaled = tl.load(h + offset, mask=mask, other=0.0).to(tl.float32) * scale
-        offset = _row_offsets(index, heads, dy_row, dy_head)[:, None] + column
-        grad = tl.load(dy + offset, mask=mask, other=0.0).to(tl.float32)
-        if NEEDS_WEIGHT_GRAD:
-            gain_grad += grad * scaled
-        gain = tl.load(weight + column, mask=column < WIDTH, other=0.0).to(tl.float32)
-        if ADDS_ONE:
-            gain += 1.0
-        grad *= gain
-        shared = tl.sum(grad * scaled, axis=1)[:, None] / WIDTH  # [ROWS, 1]
-        dx = scale * (grad - scaled * shared)
-        if HAS_RESIDUAL_GRAD:
-            offset = _row_offsets(index, heads, residual_row, residual_head)[:, None] + column
-            dx += tl.load(residual_grad + offset, mask=mask, other=0.0).to(tl.float32)
-        offset = _row_offsets(index, heads, out_row, out_head)[:, None] + column
-        tl.store(out + offset, dx.to(out.dtype.element_ty), mask=mask)
-        if WRITES_NORMED:
-            # the weight once more, from the cache: the registers to keep it are dweight's
-            gain = tl.load(weight + column, mask=column < WIDTH, other=0.0).to(tl.float32)
-            if ADDS_ONE:
-                gain += 1.0
-            y = scaled * gain
-            offset = _row_offsets(index, heads, normed_row, normed_head)[:, None] + column
-            tl.store(normed + offset, y.to(normed.dtype.element_ty), mask=mask)
-    if NEEDS_WEIGHT_GRAD:
-        total = tl.sum(gain_grad, axis=0)[None, :]  # [1, BLOCK]
-        tl.store(partial + program.to(tl.int64) * WIDTH + column, total, mask=column < WIDTH)
 
 
 def rms_norm_forward(
@@ -203,12 +115,12 @@ def rms_norm_forward(
 
 def _start_forward(key, tensors, eps, flags):
     x, second, _, y, rstd, h = tensors
-    tile_rows, block, warps = _tile(x.shape[-1])
+    tile_rows, block, warps = tile_of(x.shape[-1])
     numbers = (rstd.numel(), _heads(x), eps)
     strides = (*_strides(x), *_strides(second), *_strides(y), *_strides(h))
     constexprs = (*flags, x.shape[-1], tile_rows, block)
     _forward_launches.start(
-        *(key, _forward_kernel, (triton.cdiv(rstd.numel(), tile_rows),)),
+        *(key, forward_kernel, (triton.cdiv(rstd.numel(), tile_rows),)),
         tensors,
         numbers + strides + constexprs,
         num_warps=warps,
@@ -285,12 +197,12 @@ def rms_norm_backward(
 
 def _start_backward(key, tensors, flags):
     dy, h, _, rstd, second, dx, partial, normed = tensors
-    tile_rows, block, warps = _tile(h.shape[-1])
+    tile_rows, block, warps = tile_of(h.shape[-1])
     tiles = triton.cdiv(rstd.numel(), tile_rows)
     numbers = (rstd.numel(), _heads(h), tiles)
     strides = itertools.chain.from_iterable(map(_strides, (dy, h, second, dx, normed)))
     _backward_launches.start(
-        *(key, _backward_kernel, (tiles if partial is rstd else len(partial),)),
+        *(key, backward_kernel, (tiles if partial is rstd else len(partial),)),
         tensors,
         (*numbers, *strides, *flags, h.shape[-1], tile_rows, block),
         num_warps=warps,
@@ -299,19 +211,8 @@ def _start_backward(key, tensors, flags):
 
 
 def _weight_grad_programs(h: torch.Tensor) -> int:
-    tiles = triton.cdiv(h.shape[:-1].numel(), _tile(h.shape[-1])[0])
+    tiles = triton.cdiv(h.shape[:-1].numel(), tile_of(h.shape[-1])[0])
     return min(tiles, WEIGHT_GRAD_PROGRAMS)
-
-
-def _tile(width: int) -> tuple[int, int, int]:
-    """Rows and columns of a program's tile, and its warps: 16 elements a thread.
-
-    That is two 16-byte loads of halves from each tensor at once, and with dweight's sums it still
-    fits into the 64 registers that a program of 32 warps leaves a thread.
-    """
-    block = triton.next_power_of_2(width)
-    tile_rows = max(1, TILE_ELEMENTS // block) if width <= SHORT_WIDTH else 1
-    return tile_rows, block, tile_rows * block // (16 * 32)
 
 
 def _heads(x: torch.Tensor) -> int:
@@ -377,12 +278,14 @@ def compile_cases() -> list[CompileCase]:
     for width, extra in itertools.product((128, 4096, 14336), (False, True)):
         name = f"{width}{' residual' if extra else ''}"
         flags = {"HAS_RESIDUAL": extra, "IS_ADDED_AFTER": False, "ADDS_ONE": False}
-        cases.append(_case(_forward_kernel, f"rms_norm_forward {name}", width, **flags))
+        cases.append(compile_case(forward_kernel, f"rms_norm_forward {name}", width, **flags))
         for needs, writes in itertools.product((False, True), repeat=2):
             flags = {"HAS_RESIDUAL_GRAD": extra, "NEEDS_WEIGHT_GRAD": needs, "ADDS_ONE": False}
             outputs = f"{' dweight' if needs else ''}{' normed' if writes else ''}"
             full_name = f"rms_norm_backward {name}{outputs}"
-            cases.append(_case(_backward_kernel, full_name, width, **flags, WRITES_NORMED=writes))
+            cases.append(
+                compile_case(backward_kernel, full_name, width, **flags, WRITES_NORMED=writes)
+            )
     return cases + _gemma_cases()
 
 
@@ -392,26 +295,8 @@ def _gemma_cases() -> list[CompileCase]:
     for extra in (False, True):
         flags = {"HAS_RESIDUAL": False, "IS_ADDED_AFTER": extra}
         full_name = f"rms_norm_forward {name}{' added' if extra else ''}"
-        cases.append(_case(_forward_kernel, full_name, 2560, **flags, ADDS_ONE=True))
+        cases.append(compile_case(forward_kernel, full_name, 2560, **flags, ADDS_ONE=True))
         flags = dict.fromkeys(("HAS_RESIDUAL_GRAD", "NEEDS_WEIGHT_GRAD", "WRITES_NORMED"), extra)
         full_name = f"rms_norm_backward {name}{' residual dweight normed' if extra else ''}"
-        cases.append(_case(_backward_kernel, full_name, 2560, **flags, ADDS_ONE=True))
+        cases.append(compile_case(backward_kernel, full_name, 2560, **flags, ADDS_ONE=True))
     return cases
-
-
-def _case(kernel, name: str, width: int, **flags: bool) -> CompileCase:
-    tile_rows, block, warps = _tile(width)
-    constexprs = {**flags, "WIDTH": width, "ROWS": tile_rows, "BLOCK": block}
-    if width != 128:
-        constexprs["heads"] = 1  # an argument of 1 is compiled in
-    types = {"rows": "i32", "heads": "i32", "tiles": "i32", "eps": "fp32"}
-    types |= {"rstd": FLOAT, "partial": FLOAT}
-    signature = {}
-    for argument in kernel.arg_names:
-        if argument not in constexprs:
-            is_stride = argument.endswith(("_row", "_head"))
-            signature[argument] = types.get(argument, "i32" if is_stride else HALF)
-    divisible = tuple(
-        argument for argument in signature if argument not in ("rows", "tiles", "eps")
-    )
-    return CompileCase(name, kernel, signature, constexprs, warps, 1, divisible)

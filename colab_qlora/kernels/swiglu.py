@@ -23,9 +23,11 @@ import torch
 from torch.autograd.function import once_differentiable
 
 from colab_qlora.errors import UserError
-from colab_qlora.kernels.backend import runs_triton, tl, triton
+from colab_qlora.kernels.backend import runs_triton, triton
 from colab_qlora.kernels.compile_case import HALF, CompileCase
 from colab_qlora.kernels.launch import ReadyLaunches, address, layout
+from colab_qlora.kernels.misfit import FLOAT_DTYPES
+from colab_qlora.kernels.swiglu_kernels import backward_kernel, forward_kernel
 from colab_qlora.kernels.swiglu_reference import glu_reference_backward, glu_reference_forward
 
 ACTIVATIONS = ("silu", "gelu_tanh", "gelu")
@@ -43,100 +45,11 @@ _TRANSFORMERS_NAMES = {
     "gelu_accurate": "gelu_tanh",
 }
 
-_DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
-
 # two 16-byte loads of half values for each of a program's 128 threads and each tensor
 TILE_ELEMENTS = 2048
 
 _forward_launches = ReadyLaunches()
 _backward_launches = ReadyLaunches()
-
-
-@triton.jit
-def _share_and_slope(gate, ACTIVATION: tl.constexpr):
-    """s(gate), between 0 and 1, and its derivative s'(gate)."""
-    if ACTIVATION == "gelu":
-        share = 0.5 + 0.5 * tl.erf(gate * 0.7071067811865476)
-        slope = tl.exp(-0.5 * gate * gate) * 0.3989422804014327
-    else:
-        z, z_slope = gate, 1.0
-        if ACTIVATION == "gelu_tanh":
-            # 2 sqrt(2 / pi), times 0.044715, times 3
-            z = gate * (1.5957691216057308 + 0.07135481627159977 * gate * gate)
-            z_slope = 1.5957691216057308 + 0.21406444881479932 * gate * gate
-        # s and 1 - s by exp(-|z|): the difference from 1 would lose the digits of the smaller
-        power = tl.exp(-tl.abs(z))
-        larger = 1.0 / (1.0 + power)
-        smaller = power * larger
-        share = tl.where(z >= 0.0, larger, smaller)
-        slope = larger * smaller * z_slope
-    return share, slope
-
-
-@triton.jit(do_not_specialize=["tokens"])
-def _forward_kernel(
-    gate,
-    up,
-    out,
-    tokens,
-    width,
-    gate_row,
-    up_row,
-    out_row,
-    ACTIVATION: tl.constexpr,
-    ROWS: tl.constexpr,
-    BLOCK: tl.constexpr,
-):
-    row = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)[:, None]  # [ROWS, 1]
-    column = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)[None, :]  # [1, BLOCK]
-    mask = (row < tokens) & (column < width)  # [ROWS, BLOCK]
-    g = tl.load(gate + row * gate_row + column, mask=mask, other=0.0).to(tl.float32)
-    u = tl.load(up + row * up_row + column, mask=mask, other=0.0).to(tl.float32)
-    # the output may be an input, and another thread may load what this one stores
-    tl.debug_barrier()
-    share, _ = _share_and_slope(g, ACTIVATION)
-    m = g * share * u
-    tl.store(out + row * out_row + column, m.to(out.dtype.element_ty), mask=mask)
-
-
-@triton.jit(do_not_specialize=["tokens"])
-def _backward_kernel(
-    gate,
-    up,
-    dm,
-    d_gate,
-    d_up,
-    m,
-    tokens,
-    width,
-    gate_row,
-    up_row,
-    dm_row,
-    d_gate_row,
-    d_up_row,
-    m_row,
-    ACTIVATION: tl.constexpr,
-    REBUILD: tl.constexpr,
-    ROWS: tl.constexpr,
-    BLOCK: tl.constexpr,
-):
-    row = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)[:, None]  # [ROWS, 1]
-    column = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)[None, :]  # [1, BLOCK]
-    mask = (row < tokens) & (column < width)  # [ROWS, BLOCK]
-    d = tl.load(dm + row * dm_row + column, mask=mask, other=0.0).to(tl.float32)
-    g = tl.load(gate + row * gate_row + column, mask=mask, other=0.0).to(tl.float32)
-    u = tl.load(up + row * up_row + column, mask=mask, other=0.0).to(tl.float32)
-    # the outputs may be the inputs, and another thread may load what this one stores
-    tl.debug_barrier()
-    share, slope = _share_and_slope(g, ACTIVATION)
-    act = g * share
-    grad = d * u * (share + g * slope)
-    tl.store(d_gate + row * d_gate_row + column, grad.to(d_gate.dtype.element_ty), mask=mask)
-    grad = d * act
-    tl.store(d_up + row * d_up_row + column, grad.to(d_up.dtype.element_ty), mask=mask)
-    if REBUILD:
-        value = act * u
-        tl.store(m + row * m_row + column, value.to(m.dtype.element_ty), mask=mask)
 
 
 def _start(
@@ -182,7 +95,8 @@ def _new_like(gate: torch.Tensor) -> torch.Tensor:
     return torch.empty_like(gate, memory_format=torch.contiguous_format)
 
 
-def _check(activation: str, gate: torch.Tensor, **others: torch.Tensor | None) -> None:
+def check_glu(activation: str, gate: torch.Tensor, **others: torch.Tensor | None) -> None:
+    """Raise UserError unless the activation is known, and the tensors fit the gate."""
     if activation not in ACTIVATIONS:
         raise UserError(
             "activation is not known", got=repr(activation), allowed=", ".join(ACTIVATIONS)
@@ -193,7 +107,7 @@ def _check(activation: str, gate: torch.Tensor, **others: torch.Tensor | None) -
         if tensor.ndim != 2 or tensor.shape != gate.shape:
             problem, got = "has another shape", str(tuple(tensor.shape))
             allowed = f"(tokens, width), gate has {tuple(gate.shape)}"
-        elif tensor.dtype not in _DTYPES or tensor.device != gate.device:
+        elif tensor.dtype not in FLOAT_DTYPES or tensor.device != gate.device:
             problem, got = "has another dtype or device", f"{tensor.dtype} on {tensor.device}"
             allowed = f"floating, on {gate.device}"
         elif tensor.shape[1] > 1 and tensor.stride(1) != 1:
@@ -240,12 +154,12 @@ def glu_forward(
         key = (activation, layout(gate), layout(up), layout(out))
         ready = _forward_launches.get(key)
     if ready is None:
-        _check(activation, gate=gate, up=up, out=out)
+        check_glu(activation, gate=gate, up=up, out=out)
     out = _new_like(gate) if out is None else out
     if ready is not None:
         ready(gate.data_ptr(), up.data_ptr(), out.data_ptr())
     elif key is not None and gate.numel():
-        _start(_forward_launches, key, _forward_kernel, (gate, up, out), (activation,))
+        _start(_forward_launches, key, forward_kernel, (gate, up, out), (activation,))
     elif gate.numel():
         glu_reference_forward(gate, up, out, activation)
     return out
@@ -286,7 +200,7 @@ def glu_backward(
         key = (activation, rebuild, *map(layout, (gate, up, dm, d_gate, d_up, m)))
         ready = _backward_launches.get(key)
     if ready is None:
-        _check(activation, gate=gate, up=up, dm=dm, d_gate=d_gate, d_up=d_up, m=m)
+        check_glu(activation, gate=gate, up=up, dm=dm, d_gate=d_gate, d_up=d_up, m=m)
         if m is not None and not rebuild:
             problem = "m is given but not to be rebuilt"
             raise UserError(problem, got="rebuild=False", allowed="m=None")
@@ -297,7 +211,7 @@ def glu_backward(
     if ready is not None:
         ready(*map(address, tensors))
     elif key is not None and gate.numel():
-        _start(_backward_launches, key, _backward_kernel, tensors, (activation, rebuild))
+        _start(_backward_launches, key, backward_kernel, tensors, (activation, rebuild))
     elif gate.numel():
         glu_reference_backward(*tensors, activation)
     return d_gate, d_up, m
@@ -332,8 +246,8 @@ def compile_cases() -> list[CompileCase]:
     cases = []
     for activation in ACTIVATIONS:
         for kernel, tensors in (
-            (_forward_kernel, ["gate", "up", "out"]),
-            (_backward_kernel, ["gate", "up", "dm", "d_gate", "d_up", "m"]),
+            (forward_kernel, ["gate", "up", "out"]),
+            (backward_kernel, ["gate", "up", "dm", "d_gate", "d_up", "m"]),
         ):
             strides = [f"{name}_row" for name in tensors]
             flags = {"REBUILD": True} if "dm" in tensors else {}

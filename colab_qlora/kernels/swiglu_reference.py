@@ -16,7 +16,8 @@ def _row_chunks(tensor: torch.Tensor) -> Iterator[slice]:
     return (slice(start, start + rows) for start in range(0, tokens, rows))
 
 
-def _wide(tensor: torch.Tensor) -> torch.Tensor:
+def widened(tensor: torch.Tensor) -> torch.Tensor:
+    """In the dtype that the reference computes in: float64 as it is, all others as float32."""
     return tensor if tensor.dtype == torch.float64 else tensor.float()
 
 
@@ -40,7 +41,7 @@ def glu_reference_forward(
 ) -> None:
     """out = act(gate) * up."""
     for rows in _row_chunks(gate):
-        out[rows] = _act(_wide(gate[rows]), activation).mul_(up[rows])
+        out[rows] = _act(widened(gate[rows]), activation).mul_(up[rows])
 
 
 @torch.no_grad()
@@ -55,7 +56,7 @@ def glu_reference_backward(
 ) -> None:
     """Both gradients, and the product once more if there is a place for it."""
     for rows in _row_chunks(gate):
-        d, g, u = _wide(dm[rows]), _wide(gate[rows]), _wide(up[rows])
+        d, g, u = widened(dm[rows]), widened(gate[rows]), widened(up[rows])
         act = _act(g, activation)
         # all three are computed before the first is written: outputs may be the inputs
         gate_grad, up_grad = _act_backward(d * u, g, activation), d * act

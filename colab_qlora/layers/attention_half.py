@@ -24,10 +24,13 @@ from colab_qlora.layers.gradients import Gradients
 from colab_qlora.layers.layer_parts import LayerParts, Pass
 from colab_qlora.layers.linear_group import LinearGroup
 from colab_qlora.layers.norm import norm_backward, normed
-from colab_qlora.layers.saved import SavedTensors
+from colab_qlora.layers.saved import RebuiltTensors, SavedTensors
 from colab_qlora.layers.scratch import Wide, new_rows, wide_of
 
 Heads = tuple[torch.Tensor, torch.Tensor, torch.Tensor]
+
+# of this half, and the layer's input
+_SAVE_SET = ("h0", "rstd1", "q", "k", "v", "o", "lse", "h1", "xa_qkv", "xa_o")
 
 
 def attention_half(
@@ -45,7 +48,7 @@ def attention_half(
 
 def rebuild_attention(parts: LayerParts, run: Pass, saved: SavedTensors) -> dict[str, torch.Tensor]:
     """q, k, v, o, lse, h1 and the rest of the half's save-set, kept or computed again."""
-    again = _Rebuilt(saved)
+    again = RebuiltTensors(saved, _SAVE_SET)
     h0 = again.need("h0")
     missing = frozenset(i for i, name in enumerate(("q", "k", "v")) if again.get(name) is None)
     if missing or again.get("xa_qkv") is None:
@@ -173,7 +176,7 @@ def _projected(
     h0: torch.Tensor,
     parts: LayerParts,
     run: Pass,
-    saved: SavedTensors | _Rebuilt,
+    saved: SavedTensors | RebuiltTensors,
     only: frozenset[int] | None,
 ) -> Heads:
     """norm -> one GEMM -> rotation, or some of q, k, v alone; head norms put the rotation off."""
@@ -248,7 +251,7 @@ def _attended(
     v: torch.Tensor,
     parts: LayerParts,
     run: Pass,
-    saved: SavedTensors | _Rebuilt,
+    saved: SavedTensors | RebuiltTensors,
 ) -> torch.Tensor:
     q, k = _rotated(q, k, parts, run)
     if run.backend is None:
@@ -266,7 +269,7 @@ def _joined(
     h1: torch.Tensor | None,
     parts: LayerParts,
     run: Pass,
-    saved: SavedTensors | _Rebuilt,
+    saved: SavedTensors | RebuiltTensors,
 ) -> torch.Tensor:
     wide = wide_of(o, parts.o.in_features)
     if parts.o.spare_columns(o.device):
@@ -289,25 +292,3 @@ def _heads(y: torch.Tensor, parts: LayerParts) -> Heads:
     whole = y.as_strided((y.shape[0], heads, width), (row, width, 1))
     q, k, v = whole.split((parts.q_heads, parts.kv_heads, parts.kv_heads), 1)
     return q, k, v
-
-
-class _Rebuilt:
-    """What the store kept and what has been computed again since; it keeps all it is given."""
-
-    def __init__(self, saved: SavedTensors) -> None:
-        self._saved = saved
-        self.tensors: dict[str, torch.Tensor] = {}
-        for name in ("h0", "rstd1", "q", "k", "v", "o", "lse", "h1", "xa_qkv", "xa_o"):
-            tensor = saved.get(name)
-            if tensor is not None:
-                self.tensors[name] = tensor
-
-    def put(self, name: str, tensor: torch.Tensor, *, is_scratch: bool = False) -> None:
-        if name not in self.tensors:
-            self.tensors[name] = tensor.clone() if is_scratch else tensor
-
-    def get(self, name: str) -> torch.Tensor | None:
-        return self.tensors.get(name)
-
-    def need(self, name: str) -> torch.Tensor:
-        return self.tensors[name]

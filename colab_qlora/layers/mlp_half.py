@@ -20,12 +20,14 @@ import torch
 
 from colab_qlora.kernels.glu_lora import can_fuse_glu_lora, glu_lora_backward
 from colab_qlora.kernels.swiglu import glu_backward, glu_forward
+from colab_qlora.layers.gate_up_buffer import buffer_width, halves, new_buffer, whole_buffer
 from colab_qlora.layers.gradients import Gradients
 from colab_qlora.layers.layer_parts import LayerParts, Pass, token_chunks
 from colab_qlora.layers.linear_group import GroupCall
 from colab_qlora.layers.norm import norm_backward, normed
 from colab_qlora.layers.saved import SavedTensors
-from colab_qlora.layers.scratch import Wide, new_rows, wide_of
+from colab_qlora.layers.scratch import Wide, wide_of
+from colab_qlora.layers.token_pieces import Pieces, part_of
 
 # gradients by a block's first column and "a" or "b"
 Known = dict[tuple[int, str], torch.Tensor]
@@ -43,31 +45,31 @@ def mlp_half(h1: torch.Tensor, parts: LayerParts, run: Pass, saved: SavedTensors
 
 def _through(h1: torch.Tensor, parts: LayerParts, run: Pass, saved: SavedTensors) -> torch.Tensor:
     """h2, or of a layer that norms its branches down_proj's output."""
-    h2, pieces = torch.empty_like(h1), _Pieces(saved.plan, h1.shape[0])
+    h2, pieces = torch.empty_like(h1), Pieces(saved.plan, h1.shape[0])
     is_normed = parts.branch_norms is not None
     kept = None
     if saved.plan >= {"gate", "up"}:
-        kept = new_rows(h1, (h1.shape[0], _buffer_width(parts, h1)))
+        kept = new_buffer(h1, parts)
     for rows in token_chunks(h1.shape[0], run.mlp_chunks.forward):
-        wide, rstd = _normed(_part(h1, rows), parts, run)
+        wide, rstd = _normed(part_of(h1, rows), parts, run)
         pieces.put("rstd2", rows, rstd)
-        buffer = _part(kept, rows) if kept is not None else _new_buffer(wide.main, parts)
+        buffer = part_of(kept, rows) if kept is not None else new_buffer(wide.main, parts)
         products = _gate_up(wide, buffer, None, parts, run, rows)
         pieces.put("xa_gate_up", rows, products)
         if kept is None:
-            pieces.put("gate", rows, _halves(buffer, parts)[0])
-            pieces.put("up", rows, _halves(buffer, parts)[1])
+            pieces.put("gate", rows, halves(buffer, parts)[0])
+            pieces.put("up", rows, halves(buffer, parts)[1])
         m_wide = _activated(buffer, parts, is_free=kept is None)
         products = parts.down.forward(
             m_wide,
-            _part(h2, rows),
+            part_of(h2, rows),
             _call(run, "down", rows),
-            residual=None if is_normed else _part(h1, rows),
+            residual=None if is_normed else part_of(h1, rows),
             lead=_lead(run, rows),
         )
         pieces.put("xa_down", rows, products)
     if kept is not None:
-        pieces.whole |= zip(("gate", "up"), _halves(kept, parts), strict=True)
+        pieces.whole |= zip(("gate", "up"), halves(kept, parts), strict=True)
     for name, tensor in pieces.whole.items():
         saved.put(name, tensor)
     return h2
@@ -103,7 +105,7 @@ def _chunk_backward(
     gradients: Gradients,
 ) -> None:
     """`mlp_half_backward` for some of the tokens."""
-    norm, some = parts.norm2, _part(h1, rows)
+    norm, some = parts.norm2, part_of(h1, rows)
     # the norm's backward pass writes the norm's output on its way, unless it is wanted before
     rstd = _kept_rstd(parts, saved, rows)
     comes_late = rstd is not None
@@ -118,7 +120,7 @@ def _chunk_backward(
     d_buffer, dn = _through_gate_up(rows, wide, buffer, parts, run)
     if not comes_late:
         _add_gradients(rows, d_buffer, wide.main, products, known, parts, run, gradients, dn)
-    again, out = wide.main if comes_late else None, _part(dh1, rows)
+    again, out = wide.main if comes_late else None, part_of(dh1, rows)
     norm_backward(dn, some, norm, rstd, gradients, residual_grad=dy.main, out=out, written=again)
     if comes_late:
         _add_gradients(rows, d_buffer, wide.main, products, known, parts, run, gradients, dn)
@@ -132,7 +134,7 @@ def _through_branch_norm(
         return dy
     norm, branch = parts.branch_norms[1], saved.get("down")
     assert branch is not None
-    branch = _part(branch, rows)
+    branch = part_of(branch, rows)
     wide = parts.down.wide("d_branch", branch.shape[0], branch.shape[1], branch)
     _, rstd = normed(branch, norm, out=wide.main)
     norm_backward(dy.main, branch, norm, rstd, gradients, out=wide.main)
@@ -146,7 +148,7 @@ def _kept_rstd(parts: LayerParts, saved: SavedTensors, rows: slice) -> torch.Ten
     if any(saved.get(name) is None for name in ("gate", "up", "xa_gate_up")):
         return None
     rstd = saved.get("rstd2")
-    return None if rstd is None else _part(rstd, rows)
+    return None if rstd is None else part_of(rstd, rows)
 
 
 def _normed(h1: torch.Tensor, parts: LayerParts, run: Pass) -> tuple[Wide, torch.Tensor]:
@@ -173,7 +175,7 @@ def _gate_up(
 def _activated(buffer: torch.Tensor, parts: LayerParts, *, is_free: bool) -> Wide:
     """act(gate) * up with down_proj's spare columns beside it; over `up` if the buffer is free."""
     width, spare = parts.down.in_features, parts.down.spare_columns(buffer.device)
-    gate, up = _halves(buffer, parts)
+    gate, up = halves(buffer, parts)
     if is_free:
         wide = wide_of(buffer[:, width : 2 * width + spare], width)
     else:
@@ -190,17 +192,17 @@ def _restored(
     Products that were not kept are None where gate and up were.
     """
     products = saved.get("xa_gate_up")
-    products = None if products is None else _part(products, rows)
+    products = None if products is None else part_of(products, rows)
     kept = [saved.get("gate"), saved.get("up")]
-    whole = _whole_buffer(kept[0], kept[1], _buffer_width(parts, wide.main))
+    whole = whole_buffer(kept[0], kept[1], buffer_width(parts, wide.main))
     if whole is not None:
-        return _part(whole, rows), products
-    buffer = _new_buffer(wide.main, parts)
+        return part_of(whole, rows), products
+    buffer = new_buffer(wide.main, parts)
     missing = frozenset(i for i, tensor in enumerate(kept) if tensor is None)
     if missing:
         products = _gate_up(wide, buffer, missing, parts, run, rows)
     # after the product, which is of both where they are one linear
-    for half, tensor in zip(_halves(buffer, parts), kept, strict=True):
+    for half, tensor in zip(halves(buffer, parts), kept, strict=True):
         if tensor is not None:
             half.copy_(tensor[rows])
     return buffer, products
@@ -222,11 +224,11 @@ def _through_down(
         Gradients of gate_up's adapters that were found on the way.
     """
     group, call, lead = parts.down, _call(run, "down", rows), _lead(run, rows)
-    gate, up = _halves(buffer, parts)
+    gate, up = halves(buffer, parts)
     dm = torch.empty(gate.shape, dtype=gate.dtype, device=gate.device)
     group.input_gradient(dy, dm, call)
     products = saved.get("xa_down")
-    products = None if products is None else _part(products, rows)
+    products = None if products is None else part_of(products, rows)
     known: Known = {}
     factors = _factors(dy, products, gate_up_products, parts)
     if group.has_modules:
@@ -301,42 +303,6 @@ def _add_gradients(
     gradients.add_all(group.trainable(), found)
 
 
-def _buffer_width(parts: LayerParts, like: torch.Tensor) -> int:
-    spare = max(g.spare_columns(like.device) for g in (parts.gate_up, parts.down))
-    return parts.gate_up.out_features + spare
-
-
-def _new_buffer(like: torch.Tensor, parts: LayerParts) -> torch.Tensor:
-    """A buffer [gate | up | spare]; no scratch, since the attention half needs the memory too."""
-    return new_rows(like, (like.shape[0], _buffer_width(parts, like)))
-
-
-def _halves(buffer: torch.Tensor, parts: LayerParts) -> tuple[torch.Tensor, torch.Tensor]:
-    width = parts.down.in_features
-    return buffer[:, :width], buffer[:, width : 2 * width]
-
-
-def _whole_buffer(
-    gate: torch.Tensor | None, up: torch.Tensor | None, width: int
-) -> torch.Tensor | None:
-    """The buffer that both are columns of, if it is still one; a store may have moved them."""
-    if gate is None or up is None:
-        return None
-    together = (
-        gate.untyped_storage().data_ptr() == up.untyped_storage().data_ptr()
-        and gate.stride() == up.stride() == (width, 1)
-        and up.storage_offset() == gate.storage_offset() + gate.shape[1]
-    )
-    if not together:
-        return None
-    return gate.as_strided((gate.shape[0], width), (width, 1), gate.storage_offset())
-
-
-def _part(tensor: torch.Tensor, rows: slice) -> torch.Tensor:
-    """Some rows; the tensor itself if that is all of them, which saves the host a view."""
-    return tensor if rows.start == 0 and rows.stop == tensor.shape[0] else tensor[rows]
-
-
 def _lead(run: Pass, rows: slice) -> tuple[int, ...]:
     """Leading shape for modules that are called inside: the batch's, or one row of a chunk."""
     count = rows.stop - rows.start
@@ -346,19 +312,3 @@ def _lead(run: Pass, rows: slice) -> tuple[int, ...]:
 def _call(run: Pass, name: str, rows: slice) -> GroupCall:
     """Every chunk of tokens draws random numbers of its own."""
     return run.call(f"{name}:{rows.start}")
-
-
-class _Pieces:
-    """Collects as one tensor each, of what a plan names, what comes chunk by chunk."""
-
-    def __init__(self, plan: frozenset[str], tokens: int) -> None:
-        self._plan = plan
-        self._tokens = tokens
-        self.whole: dict[str, torch.Tensor] = {}
-
-    def put(self, name: str, rows: slice, tensor: torch.Tensor) -> None:
-        if name not in self._plan:
-            return
-        if name not in self.whole:
-            self.whole[name] = tensor.new_empty((self._tokens, *tensor.shape[1:]))
-        _part(self.whole[name], rows).copy_(tensor)

@@ -95,3 +95,32 @@ class SavedTensors:
     def release(self) -> None:
         """Let all of them go; the memory is free although the graph may live on."""
         self._tensors.clear()
+
+
+class RebuiltTensors:
+    """What a store kept and what has been computed again since; it keeps all it is given.
+
+    Args:
+        saved: the store, which is only read from.
+        names: what of it is looked at.
+    """
+
+    def __init__(self, saved: SavedTensors, names: Iterable[str]) -> None:
+        self.tensors: dict[str, torch.Tensor] = {}
+        for name in names:
+            tensor = saved.get(name)
+            if tensor is not None:
+                self.tensors[name] = tensor
+
+    def put(self, name: str, tensor: torch.Tensor, *, is_scratch: bool = False) -> None:
+        """Keep a tensor that was missing; a view of scratch memory is copied."""
+        if name not in self.tensors:
+            self.tensors[name] = tensor.clone() if is_scratch else tensor
+
+    def get(self, name: str) -> torch.Tensor | None:
+        """The tensor, or None: compute it again."""
+        return self.tensors.get(name)
+
+    def need(self, name: str) -> torch.Tensor:
+        """A tensor that is there by now."""
+        return self.tensors[name]

@@ -20,7 +20,7 @@ from colab_qlora.models.same_adapters import has_these_adapters
 from colab_qlora.models.saved_tables import let_tables_meet
 from colab_qlora.models.settings import ATTRIBUTE, CHECKPOINTING_MODES, ModelSettings, settings_of
 from colab_qlora.models.smart import plan_batches, print_line, runtime_of, stop_planning
-from colab_qlora.models.target_names import is_present, targets_of_model
+from colab_qlora.models.target_names import is_present, linear_names, targets_of_model
 from colab_qlora.quantization.instance_methods import set_adapter_methods
 
 DEFAULT_TARGETS = (
@@ -55,7 +55,7 @@ def attach_lora(
     _check_numbers(r, lora_dropout, bias)
     _check_names(lora_options)
     checkpointing = (use_gradient_checkpointing, memory_budget_gib, host_budget_gib)
-    asked = {"r": r, "lora_alpha": lora_alpha, "lora_dropout": lora_dropout, "bias": bias}
+    asked = dict[str, Any](r=r, lora_alpha=lora_alpha, lora_dropout=lora_dropout, bias=bias)
     if has_these_adapters(model, target_modules or DEFAULT_TARGETS, asked | lora_options):
         return _keep_adapters(model, checkpointing, use_fused_layers=use_fused_layers)
     targets = _check_targets(model, target_modules)
@@ -64,15 +64,7 @@ def attach_lora(
     if source is not None:
         # PEFT would quantise the codes of the base
         lora_options = {**lora_options, "init_lora_weights": True, "loftq_config": {}}
-    config = LoraConfig(
-        r=r,
-        lora_alpha=lora_alpha,  # type: ignore[arg-type]  # PEFT takes fractions too
-        lora_dropout=lora_dropout,
-        bias=bias,  # type: ignore[arg-type]  # checked above
-        target_modules=targets,
-        task_type="CAUSAL_LM",
-        **lora_options,
-    )
+    config = LoraConfig(**asked, target_modules=targets, task_type="CAUSAL_LM", **lora_options)
     _check_dora(model, config)
     adapted = _with_adapters(model, config, random_state)
     if source is not None:
@@ -186,18 +178,6 @@ def _check_dora(model: Any, config: Any) -> None:
         )
 
 
-def linear_names(model: Any) -> list[str]:
-    """Full names of the linear layers that an adapter can be put on: all but the output head."""
-    import torch
-
-    head = model.get_output_embeddings()
-    return [
-        name
-        for name, module in model.named_modules()
-        if isinstance(module, torch.nn.Linear) and module is not head
-    ]
-
-
 def set_gradient_checkpointing(
     model: Any,
     mode: bool | str,
@@ -219,23 +199,8 @@ def set_gradient_checkpointing(
     Raises:
         UserError: another value, or a budget without "smart".
     """
-    if isinstance(mode, str) and mode.lower() in {"true", "false"}:
-        mode = mode.lower() == "true"
-    if mode not in CHECKPOINTING_MODES:
-        raise UserError(
-            "use_gradient_checkpointing is not understood",
-            got=repr(mode),
-            allowed="False, True, 'smart' ('unsloth' is another name for it)",
-        )
-    mode = "smart" if mode == "unsloth" else mode
     budgets = (memory_budget_gib, host_budget_gib)
-    if mode != "smart" and budgets != (None, None):
-        raise UserError(
-            "a memory budget needs a planner",
-            got=f"use_gradient_checkpointing={mode}",
-            allowed="memory_budget_gib and host_budget_gib with use_gradient_checkpointing='smart'",
-        )
-    check_budgets(*budgets)
+    mode = _checked_mode(mode, budgets)
     earlier = runtime_of(model)
     stop_planning(model)
     if mode is False:
@@ -248,15 +213,40 @@ def set_gradient_checkpointing(
             model.enable_input_require_grads()
     if mode == "smart":
         plan_batches(model, *budgets, earlier=earlier)
-    settings = settings_of(model)
-    if settings is None:
-        name = getattr(model.config, "_name_or_path", "") or type(model).__name__
-        positions = getattr(model.config, "max_position_embeddings", None) or 2048
-        dtype = str(getattr(model, "dtype", "float32")).removeprefix("torch.")
-        settings = ModelSettings(name, min(2048, positions), dtype)
-        setattr(model, ATTRIBUTE, settings)
+    settings = settings_of(model) or _new_settings(model)
     settings.use_gradient_checkpointing = mode
     settings.memory_budget_gib, settings.host_budget_gib = budgets
+
+
+def _checked_mode(mode: bool | str, budgets: tuple[float | None, float | None]) -> bool | str:
+    """False, True or "smart", by whichever name it was asked for."""
+    if isinstance(mode, str) and mode.lower() in {"true", "false"}:
+        mode = mode.lower() == "true"
+    if mode not in CHECKPOINTING_MODES:
+        raise UserError(
+            "use_gradient_checkpointing is not understood",
+            got=repr(mode),
+            allowed="False, True, 'smart' ('unsloth' is another name for it)",
+        )
+    mode = "smart" if mode == "unsloth" else mode
+    if mode != "smart" and budgets != (None, None):
+        raise UserError(
+            "a memory budget needs a planner",
+            got=f"use_gradient_checkpointing={mode}",
+            allowed="memory_budget_gib and host_budget_gib with use_gradient_checkpointing='smart'",
+        )
+    check_budgets(*budgets)
+    return mode
+
+
+def _new_settings(model: Any) -> ModelSettings:
+    """The settings of a model that the kit did not load; they are attached to it."""
+    name = getattr(model.config, "_name_or_path", "") or type(model).__name__
+    positions = getattr(model.config, "max_position_embeddings", None) or 2048
+    dtype = str(getattr(model, "dtype", "float32")).removeprefix("torch.")
+    settings = ModelSettings(name, min(2048, positions), dtype)
+    setattr(model, ATTRIBUTE, settings)
+    return settings
 
 
 def _enable_checkpointing(model: Any) -> None:

@@ -18,7 +18,7 @@ from colab_qlora.layers.recorded_layer import recorded_layer
 from colab_qlora.models.architectures import attention_window
 from colab_qlora.models.documents import documents_of, is_stand_in, stock_mask
 from colab_qlora.models.fused_class import reduce_by, stock_class
-from colab_qlora.models.fused_state import LayerChoice, fused_state
+from colab_qlora.models.fused_state import FusedState, LayerChoice, fused_state
 from colab_qlora.models.key_value_cache import cache_in
 from colab_qlora.models.recorded_passes import graph_for, layer_pass
 
@@ -67,15 +67,7 @@ def _forward(
             **kwargs,
         )
     assert position_embeddings is not None
-    lead = tuple(hidden_states.shape[:-1])
-    heads = (parts.q_heads, parts.kv_heads, parts.head_dim)
-    scale, reach = float(self.self_attn.scaling), (parts.window, parts.score_cap)
-    cos, sin = state.tables(position_embeddings)
-    shape = state.attention_shape(lead, heads, scale, attention_mask, *reach)
-    kind = hidden_states.device.type
-    autocast = (torch.is_autocast_enabled(kind), torch.get_autocast_dtype(kind))
-    chunks = state.mlp_chunks(parts, choice, shape.tokens)
-    run = Pass(shape, cos, sin, lead, state.scratch, autocast, chunks)
+    run = _pass_of(self, state, parts, choice, hidden_states, attention_mask, position_embeddings)
     layer = layer_pass(state, self, hidden_states, parts, run, choice)
     graph = graph_for(state, layer)
     if graph is not None and layer is not None:
@@ -84,6 +76,27 @@ def _forward(
     if layer is not None:
         state.graphs.layer_ran(layer, state.scratch.bytes_held())
     return out
+
+
+def _pass_of(
+    layer: Any,
+    state: FusedState,
+    parts: LayerParts,
+    choice: LayerChoice,
+    hidden: torch.Tensor,
+    mask: torch.Tensor | None,
+    position_embeddings: tuple[torch.Tensor, torch.Tensor],
+) -> Pass:
+    """What this pass needs besides its input."""
+    lead = tuple(hidden.shape[:-1])
+    heads = (parts.q_heads, parts.kv_heads, parts.head_dim)
+    scale, reach = float(layer.self_attn.scaling), (parts.window, parts.score_cap)
+    cos, sin = state.tables(position_embeddings)
+    shape = state.attention_shape(lead, heads, scale, mask, *reach)
+    kind = hidden.device.type
+    autocast = (torch.is_autocast_enabled(kind), torch.get_autocast_dtype(kind))
+    chunks = state.mlp_chunks(parts, choice, shape.tokens)
+    return Pass(shape, cos, sin, lead, state.scratch, autocast, chunks)
 
 
 def _why_stock(

@@ -22,6 +22,7 @@ from colab_qlora.models.dynamic_loading import (
 from colab_qlora.models.embedded import EMBEDDED_NAME, FOLDER_NAME, embedded_model_path
 from colab_qlora.models.growing_segments import let_segments_grow
 from colab_qlora.models.half_range import dtype_with_room
+from colab_qlora.models.positions import fit_positions
 from colab_qlora.models.quiet_import import import_bitsandbytes
 from colab_qlora.models.readable_errors import readable_errors
 from colab_qlora.models.settings import ATTRIBUTE, ModelSettings
@@ -58,7 +59,6 @@ def load_model_and_tokenizer(
 ) -> tuple[Any, Any]:
     """Load model and tokenizer; see `FastLanguageModel.from_pretrained` for the arguments."""
     import torch
-    from transformers import AutoTokenizer
 
     import_bitsandbytes()
     name = model_name or default_model_name()
@@ -71,20 +71,17 @@ def load_model_and_tokenizer(
         load_in_4bit=load_in_4bit,
         recorded=recorded_map,
     )
-    device = "cuda" if torch.cuda.is_available() else "cpu"
+    resolved = resolve_dtype(dtype, "cuda" if torch.cuda.is_available() else "cpu")
     let_segments_grow()
-    compute_dtype, note = resolve_dtype(dtype, device)
     source = locate_checkpoint(name)
     hub = {"token": token, "revision": revision, "trust_remote_code": trust_remote_code}
     config = _load_config(source, name, hub)
-    compute_dtype, note = dtype_with_room(config, dtype, compute_dtype, note)
-    _apply_rope_scaling(config, rope_scaling)
-    _check_positions(config, max_seq_length)
+    compute_dtype, note = dtype_with_room(config, dtype, *resolved)
+    fit_positions(config, rope_scaling, max_seq_length)
     if dynamic is not None:
         refuse_quantised(config)
     bits = _quantization(config, compute_dtype, load_in_4bit, load_in_8bit)
-    with readable_errors(name):
-        tokenizer = AutoTokenizer.from_pretrained(source, **hub)
+    tokenizer = _load_tokenizer(source, name, hub)
     if dynamic is not None:
         dynamic = dynamic.with_batches(tokenizer, max_seq_length)
     with readable_errors(name):
@@ -112,12 +109,8 @@ def load_tokenizer(model_name: str | None = None, **hub: Any) -> Any:
     Raises:
         UserError: it cannot be found or read.
     """
-    from transformers import AutoTokenizer
-
     name = model_name or default_model_name()
-    source = locate_checkpoint(name)
-    with readable_errors(name):
-        return AutoTokenizer.from_pretrained(source, **hub)
+    return _load_tokenizer(locate_checkpoint(name), name, hub)
 
 
 def _check_length(max_seq_length: Any) -> None:
@@ -179,47 +172,18 @@ def locate_checkpoint(name: str) -> str:
     return name
 
 
+def _load_tokenizer(source: str, name: str, hub: dict[str, Any]) -> Any:
+    from transformers import AutoTokenizer
+
+    with readable_errors(name):
+        return AutoTokenizer.from_pretrained(source, **hub)
+
+
 def _load_config(source: str, name: str, hub: dict[str, Any]) -> Any:
     from transformers import AutoConfig
 
     with readable_errors(name):
         return AutoConfig.from_pretrained(source, **hub)
-
-
-def _apply_rope_scaling(config: Any, rope_scaling: dict | None) -> None:
-    if not rope_scaling:
-        return
-    kind = rope_scaling.get("rope_type", rope_scaling.get("type"))
-    factor = float(rope_scaling.get("factor", 1.0))
-    # "dynamic" starts beyond max_position_embeddings, which the user's length would have to exceed
-    if kind not in {"linear", "yarn"} or factor < 1:
-        raise UserError(
-            "rope_scaling is not understood",
-            got=rope_scaling,
-            allowed='{"rope_type": "linear" or "yarn", "factor": 1.0 or more}',
-        )
-    scaled = {"rope_type": kind, "factor": factor}
-    if kind == "yarn":
-        scaled["original_max_position_embeddings"] = config.max_position_embeddings
-    rope = dict(config.rope_parameters or {})
-    # Gemma 3 has positions for each kind of layer; those in a window see no further than before
-    if "full_attention" in rope:
-        scaled = {"full_attention": {**rope["full_attention"], **scaled}}
-    config.rope_parameters = {**rope, **scaled}
-    config.max_position_embeddings = int(config.max_position_embeddings * factor)
-
-
-def _check_positions(config: Any, max_seq_length: int) -> None:
-    positions = getattr(config, "max_position_embeddings", None)
-    if positions and max_seq_length > positions:
-        factor = -(-max_seq_length // positions)
-        raise UserError(
-            "max_seq_length is longer than the model's positions",
-            got=max_seq_length,
-            allowed=f"at most {positions} tokens",
-            do=f"Lower it, or stretch the positions: "
-            f'rope_scaling={{"rope_type": "linear", "factor": {factor}.0}}',
-        )
 
 
 def _quantization(config: Any, compute_dtype: Any, four_bit: bool, eight_bit: bool) -> Any:

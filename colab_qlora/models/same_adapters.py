@@ -7,7 +7,7 @@ from collections.abc import Collection, Sequence
 from typing import Any
 
 from colab_qlora.errors import UserError
-from colab_qlora.models.target_names import targets_of_model
+from colab_qlora.models.target_names import linear_names, targets_of_model
 from colab_qlora.quantization.adapter_starts import LOFTQ, belongs_to_quantised
 
 # what PEFT fills in by itself, and what is compared in another way
@@ -86,7 +86,7 @@ def _are_the_same(model: Any, targets: Sequence[str] | str, config: Any) -> bool
         if hasattr(module, "lora_A")
     }
     if targets == "all-linear":
-        missing = _linears(model) - adapted
+        missing = _adaptable(model) - adapted
         return all(_is_excluded(name, config.exclude_modules or ()) for name in missing)
     if isinstance(targets, str):
         return {targets} == _as_set(config.target_modules)
@@ -99,21 +99,21 @@ def _is_excluded(name: str, excluded: Collection[str] | str) -> bool:
     return any(name == short or name.endswith("." + short) for short in excluded)
 
 
-def _linears(model: Any) -> set[str]:
+def _adaptable(model: Any) -> set[str]:
     """Names of the base's linears, adapted or not, but for the head and what is trained whole."""
-    import torch
-
     base = model.get_base_model()
     head = base.get_output_embeddings()
-    apart = {name for name, module in base.named_modules() if module is head}
     # PEFT wraps what is trained whole, and keeps the original inside
-    apart |= {name for name, module in base.named_modules() if hasattr(module, "modules_to_save")}
-    found = set()
-    for name, module in base.named_modules():
-        is_apart = any(name == one or name.startswith(one + ".") for one in apart)
-        if isinstance(module, torch.nn.Linear) and not is_apart and ".lora_" not in name:
-            found.add(name.removesuffix(".base_layer"))
-    return found
+    apart = tuple(
+        f"{name}."
+        for name, module in base.named_modules()
+        if module is head or hasattr(module, "modules_to_save")
+    )
+    return {
+        name.removesuffix(".base_layer")
+        for name in linear_names(base)
+        if not name.startswith(apart) and ".lora_" not in name
+    }
 
 
 def _as_set(names: Collection[str] | str | None) -> set[str]:

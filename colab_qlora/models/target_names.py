@@ -8,12 +8,25 @@ r it has fewer parameters than three or two adapters of their own.
 from __future__ import annotations
 
 from collections.abc import Collection, Sequence
+from typing import Any
 
 _TOGETHER = {
     "qkv_proj": ("q_proj", "k_proj", "v_proj"),
     "gate_up_proj": ("gate_proj", "up_proj"),
 }
 _WHOLE = {part: whole for whole, parts in _TOGETHER.items() for part in parts}
+
+
+def linear_names(model: Any) -> list[str]:
+    """Full names of the linear layers that an adapter can be put on: all but the output head."""
+    import torch
+
+    head = model.get_output_embeddings()
+    return [
+        name
+        for name, module in model.named_modules()
+        if isinstance(module, torch.nn.Linear) and module is not head
+    ]
 
 
 def targets_of_model(

@@ -1,4 +1,4 @@
-"""The saving functions as methods of one model."""
+"""The saving functions, and others that tutorials call, as methods of one model."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ from model_files import adapted, byte_level, write_model  # noqa: E402
 from small_checkpoint import load_nf4  # noqa: E402
 
 from colab_qlora import FastLanguageModel, UserError  # noqa: E402
-from colab_qlora.export import bind_export_methods  # noqa: E402
+from colab_qlora.export import bind_methods  # noqa: E402
 from colab_qlora.export.methods import METHODS  # noqa: E402
 
 
@@ -34,7 +34,7 @@ def folder(tmp_path_factory):
 
 def test_a_tutorials_calls(folder, tmp_path):
     tokenizer = byte_level("smollm")
-    model = bind_export_methods(adapted(load_nf4(folder)))
+    model = bind_methods(adapted(load_nf4(folder)))
     model.save_pretrained_merged(tmp_path / "m", tokenizer, save_method="merged_16bit")
     model.save_pretrained_merged(str(tmp_path / "l"), tokenizer, save_method="lora")
     model.save_pretrained_gguf(str(tmp_path / "g"), tokenizer, quantization_method="f16")
@@ -47,7 +47,7 @@ def test_instances_only(folder):
     model, other = adapted(load_nf4(folder)), adapted(load_nf4(folder))
     kinds = [type(model), type(model.get_base_model())]
     before = [dict(vars(kind)) for kind in kinds]
-    assert bind_export_methods(model) is model
+    assert bind_methods(model) is model
     assert [dict(vars(kind)) for kind in kinds] == before
     assert not set(METHODS) & set(vars(other))
     assert not hasattr(other, "save_pretrained_gguf")
@@ -56,21 +56,21 @@ def test_instances_only(folder):
 
 
 def test_a_model_inside_has_its_own(folder):
-    base = bind_export_methods(load_nf4(folder))
-    model = bind_export_methods(adapted(base))
+    base = bind_methods(load_nf4(folder))
+    model = bind_methods(adapted(base))
     assert model.save_pretrained_merged.model is model
     assert base.save_pretrained_merged.model is base
 
 
 def test_copies_belong_to_the_copy(folder):
-    model = bind_export_methods(torch.nn.Linear(2, 2))
+    model = bind_methods(torch.nn.Linear(2, 2))
     for twin in (copy.deepcopy(model), pickle.loads(pickle.dumps(model))):
         assert twin.push_to_hub.model is twin
     assert model.push_to_hub.model is model
 
 
 def test_a_copied_adapter_is_saved_as_the_copy_is(folder, tmp_path):
-    model = bind_export_methods(adapted(load_nf4(folder)))
+    model = bind_methods(adapted(load_nf4(folder)))
     twin = copy.deepcopy(model)
     name, changed = next((n, p) for n, p in twin.named_parameters() if "lora_B" in n)
     changed.data.fill_(7.0)
@@ -99,23 +99,23 @@ def _dies_on_del(make):
 
 
 def test_a_deleted_model_is_freed_at_once(folder):
-    assert _dies_on_del(lambda: bind_export_methods(torch.nn.Linear(2, 2)))
+    assert _dies_on_del(lambda: bind_methods(torch.nn.Linear(2, 2)))
     options = {"max_seq_length": 32, "load_in_4bit": False, "dtype": "float32"}
     load = FastLanguageModel.from_pretrained
     assert _dies_on_del(lambda: load(str(folder), **options)[0])
 
 
 def test_a_method_of_a_deleted_model_says_so():
-    method = bind_export_methods(torch.nn.Linear(2, 2)).push_to_hub
+    method = bind_methods(torch.nn.Linear(2, 2)).push_to_hub
     with pytest.raises(UserError, match=r"push_to_hub belongs to was deleted. Keep the model in a"):
         method("name")
     assert "of a deleted model" in repr(method) and "hub" in method.__doc__
-    model = bind_export_methods(torch.nn.Linear(2, 2))
+    model = bind_methods(torch.nn.Linear(2, 2))
     assert copy.deepcopy(model.push_to_hub).model is model
 
 
 def test_help_is_the_functions():
-    model = bind_export_methods(torch.nn.Linear(2, 2))
+    model = bind_methods(torch.nn.Linear(2, 2))
     for name in METHODS:
         module = importlib.import_module(f"colab_qlora.{METHODS[name]}")
         function = getattr(module, name)
@@ -126,8 +126,8 @@ def test_help_is_the_functions():
 
 def test_binding_imports_nothing_heavy():
     program = (
-        "import sys; import colab_qlora.export; from colab_qlora.export import bind_export_methods;"
-        "bind_export_methods(type('M', (), {})());"
+        "import sys; import colab_qlora.export; from colab_qlora.export import bind_methods;"
+        "bind_methods(type('M', (), {})());"
         "print([m for m in ('torch', 'gguf', 'peft', 'huggingface_hub') if m in sys.modules])"
     )
     ran = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)

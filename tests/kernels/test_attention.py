@@ -318,14 +318,14 @@ def test_around_the_cuda_kernels_in_columns(stand_ins, backend, case):
 def test_tensors_that_the_cuda_kernels_cannot_read_are_copied():
     buffer = torch.zeros(6, 4 * 24 + 4, dtype=torch.float16, device="meta")
     odd_rows = buffer[:, : 4 * 24].unflatten(1, (4, 24))
-    copied = attention_backends._aligned(odd_rows)
+    copied = attention_backends.aligned(odd_rows)
     assert odd_rows.stride(0) % 8 and copied.stride() == (96, 24, 1)
     expanded = torch.zeros((), device="meta").expand(6, 4, 24)
-    assert attention_backends._aligned(expanded).is_contiguous()
+    assert attention_backends.aligned(expanded).is_contiguous()
     even_rows = torch.zeros(6, 104, dtype=torch.float16, device="meta")[:, :96].unflatten(
         1, (4, 24)
     )
-    assert attention_backends._aligned(even_rows) is even_rows
+    assert attention_backends.aligned(even_rows) is even_rows
 
 
 CUDA_CASES = {

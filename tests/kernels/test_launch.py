@@ -132,10 +132,10 @@ def loss_inputs() -> dict[str, Any]:
     return {**tensors, "softcap": None, "logit_scale": 1.0, "writes_gradient": True}
 
 
-FORWARD = (rms_norm, "_forward_kernel", "_forward_launches", norm)
-BACKWARD = (rms_norm, "_backward_kernel", "_backward_launches", norm_backward)
-GLU_FORWARD = (swiglu, "_forward_kernel", "_forward_launches", gate)
-GLU_BACKWARD = (swiglu, "_backward_kernel", "_backward_launches", gate_backward)
+FORWARD = (rms_norm, "forward_kernel", "_forward_launches", norm)
+BACKWARD = (rms_norm, "backward_kernel", "_backward_launches", norm_backward)
+GLU_FORWARD = (swiglu, "forward_kernel", "_forward_launches", gate)
+GLU_BACKWARD = (swiglu, "backward_kernel", "_backward_launches", gate_backward)
 ROPE = (rope, "_rope_kernel", "_launches", rotate)
 LOSSES = (cross_entropy, "_cross_entropy_rows_kernel", "_launches", losses)
 OPS = {

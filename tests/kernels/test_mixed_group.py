@@ -220,4 +220,4 @@ def test_what_it_returns_does_it_again(kinds):
 
 
 def test_every_case_is_of_this_kernel():
-    assert {case.kernel for case in mixed_group.compile_cases()} == {mixed_group._mixed_kernel}
+    assert {case.kernel for case in mixed_group.compile_cases()} == {mixed_group.mixed_kernel}

@@ -467,7 +467,7 @@ class Scenario(NamedTuple):
     cases: tuple[str, ...]
 
 
-BOTH = ("_forward_kernel", "_backward_kernel")
+BOTH = ("forward_kernel", "backward_kernel")
 SCENARIOS = [
     Scenario(
         rms_norm_with_extras,
@@ -522,7 +522,7 @@ SCENARIOS = [
     Scenario(
         weights_of_several_kinds,
         mixed_group,
-        ("_mixed_kernel",),
+        ("mixed_kernel",),
         (
             "mixed_group nf4 nf4 int8",
             "mixed_group nf4 nf4 plain",

@@ -344,7 +344,7 @@ def test_what_does_not_fit_is_refused_by_name():
 
 @pytest.mark.parametrize("width", [1, 64, 123, 576, 1024, 4096, 14336, 16384])
 def test_a_thread_has_16_elements(width):
-    rows, block, warps = module._tile(width)
+    rows, block, warps = module.tile_of(width)
     assert block // 2 < width <= block
     assert rows * block == warps * 512 and warps <= 32
     assert rows * block == 4096 or width > 1024
