@@ -74,6 +74,8 @@ def attach_lora(
     if use_fused_layers:
         fuse(adapted)
     set_gradient_checkpointing(adapted, *checkpointing)
+    if settings := settings_of(adapted):
+        settings.trained_steps = 0
     return adapted.train()
 
 

@@ -23,6 +23,7 @@ class ModelSettings:
         use_gradient_checkpointing: False, True or "smart"; None until adapters are attached.
         memory_budget_gib, host_budget_gib: what "smart" may use, in GiB; None: what is free.
         full_finetuning: every weight is trained, without adapters.
+        trained_steps: that runs of the kit's trainer have behind them, of those not begun anew.
         notes: one line for each thing that was not done as asked, with the reason.
     """
 
@@ -33,6 +34,7 @@ class ModelSettings:
     memory_budget_gib: float | None = None
     host_budget_gib: float | None = None
     full_finetuning: bool = False
+    trained_steps: int = 0
     notes: list[str] = field(default_factory=list)
 
 

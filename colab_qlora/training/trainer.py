@@ -20,6 +20,7 @@ from transformers.utils.notebook import NotebookProgressCallback
 
 from colab_qlora.decoding import free_decoding
 from colab_qlora.disk import is_disk_full
+from colab_qlora.models.settings import settings_of
 from colab_qlora.models.smart import bring_embedding_back, free_recordings, runtime_of
 from colab_qlora.quantization.schedule import ScheduleSettings
 from colab_qlora.training.adapter_dtype import adapters_kept, adapters_to_float32
@@ -176,6 +177,7 @@ class SFTTrainer(ResumingTrainer):
         checkpoint = self._checkpoint_to_start_from(resume_from_checkpoint, folder)
         if checkpoint and (done := self._finished(checkpoint)):
             return done
+        before = 0 if checkpoint else self._steps_before()
         eval_on_start = self.args.eval_on_start
         # a resumed run has its evaluation before the first step in the log already
         self.args.eval_on_start = eval_on_start and not checkpoint
@@ -195,6 +197,8 @@ class SFTTrainer(ResumingTrainer):
                 self._stop_disk_full(error, folder)
             raise
         finally:
+            if settings := settings_of(self.model):
+                settings.trained_steps = before + self.state.global_step
             self.args.eval_on_start = eval_on_start
             with contextlib.suppress(RuntimeError):  # of a GPU that has failed
                 free_recordings(self.model)
@@ -202,6 +206,17 @@ class SFTTrainer(ResumingTrainer):
             self._loss_log.close()  # raises nothing: the readers have to be told in any case
             for reader in self._readers():
                 reader.run_ended()
+
+    def _steps_before(self) -> int:
+        """Steps that an earlier trainer has trained this model for, which is said."""
+        settings = settings_of(self.model)
+        steps = settings.trained_steps if settings else 0
+        if steps:
+            self._say(
+                f"this model has {steps} steps of an earlier run behind it and is trained on from "
+                "there; to begin anew, load it again"
+            )
+        return steps
 
     def _bring_embedding_back(self) -> None:
         try:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import errno
 import json
 from collections.abc import Callable
@@ -32,6 +33,32 @@ def test_it_learns_and_adapters_stay_float32(make_trainer: Make) -> None:
     losses = losses_of(trainer)
     assert len(losses) == 20
     assert losses[-1] < losses[0] - 0.5
+
+
+def test_a_model_that_is_trained_again_is_said_to_go_on(make_trainer: Make, tmp_path: Path) -> None:
+    first = make_trainer(tmp_path / "first")
+    first.train()
+    model = first.model
+    last = {n: p.detach().clone() for n, p in model.named_parameters() if p.requires_grad}
+    args = dataclasses.replace(first.args, output_dir=str(tmp_path / "second"), max_steps=1)
+    args.learning_rate = 0.0
+    again = SFTTrainer(
+        model=model, args=args, train_dataset=ROWS, processing_class=first.processing_class
+    )
+    again.train()
+    assert all(torch.equal(p, last[n]) for n, p in model.named_parameters() if p.requires_grad)
+    said = [
+        [note for note in trainer.notes if "steps of an earlier run" in note]
+        for trainer in (first, again)
+    ]
+    assert said == [
+        [],
+        [
+            "this model has 4 steps of an earlier run behind it and is trained on from there; to "
+            "begin anew, load it again"
+        ],
+    ]
+    assert model.colab_qlora_settings.trained_steps == 5
 
 
 def test_adapters_start_as_peft_made_them(make_trainer: Make, tiny_model_folder: Path) -> None:
