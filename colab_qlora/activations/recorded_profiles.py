@@ -1,10 +1,11 @@
 """Rates of named GPUs, for planning on a machine that has none of them.
 
 H100: derived from steps of Llama-3-8B (2 x 2,048 tokens, rank 16) measured on 2026-11-24 with this
-code, torch 2.11.0 and triton 3.6.0: 163 ms of GEMMs for the 114.3 TFLOP of all linears, 23 ms of
-attention for 7.7 TFLOP; copies at 51 and 55 GB/s, bitsandbytes' decoding at 1.95 TB/s, copies on
-the GPU at 3.02 TB/s of which element-wise kernels are taken to reach 0.8; and from 53 ms of host
-time for the 16 layers of Llama-3.2-1B.
+code, torch 2.11.0 and triton 3.6.0: 152 ms of GEMMs for the 114.3 TFLOP of all linears (163 less
+what LoRA's narrow products and the gaps between kernels count for), 23 ms of attention for 7.7
+TFLOP; copies at 51 and 55 GB/s, bitsandbytes' decoding at 1.95 TB/s, copies on the GPU at 3.02 TB/s
+of which element-wise kernels are taken to reach 0.8; and from 53 ms of host time for the 16 layers
+of Llama-3.2-1B.
 
 The others: peak rates and bandwidths of NVIDIA's data sheets (T4: 65 TFLOP/s, 320 GB/s; L4: 121 and
 300; A100: 312 and 1,555 or 2,039), and of them what such kernels usually reach: assumptions, until
@@ -97,7 +98,7 @@ PROFILES = {
         capability=(9, 0),
         memory_bytes=int(79.1 * GIB),
         host_bytes=100 * GIB,
-        gemm_flops_per_s=701e12,
+        gemm_flops_per_s=750e12,
         attention_flops_per_s=450e12,
         attention_backward_flops_per_s=304e12,
         move_bytes_per_s=2.4e12,

@@ -17,7 +17,8 @@ if TYPE_CHECKING:
     from colab_qlora.activations.step_time import Batch
 
 # what the host needs for a recorded layer, against starting its kernels: Llama-3.2-1B's shapes,
-# 2 x 128 tokens, which wait for the host, took 13.3 ms a step against 87 on an H200's host
+# 2 x 128 tokens, which wait for the host, took 13.3 ms a step against 87 on an H200's host (11.4
+# and 19.3 a day later)
 RECORDED_LAUNCHES = 0.08
 
 

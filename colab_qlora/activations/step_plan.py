@@ -9,7 +9,7 @@ from colab_qlora.activations.phase_costs import Moment
 from colab_qlora.activations.plan import Plan
 from colab_qlora.activations.recording import can_record, may_record
 from colab_qlora.activations.saved_classes import host_blocks, names_of
-from colab_qlora.activations.step_time import Batch
+from colab_qlora.activations.step_time import KERNEL_GAP_S, RECOMPUTED_KERNELS, Batch
 
 
 @dataclass(frozen=True)
@@ -88,7 +88,8 @@ class StepPlan:
         nothing = [frozenset[str]()] * self.batch.shape.layers
         is_recorded = can_record(self.batch, self.sequences)
         once_s = self.batch.step_s(nothing, is_recorded=is_recorded)
-        return once_s + self.batch.shape.layers * self.batch.forward_s
+        again_s = self.batch.forward_s + RECOMPUTED_KERNELS * KERNEL_GAP_S
+        return once_s + self.batch.shape.layers * again_s
 
     @property
     def recompute_share(self) -> float:

@@ -30,15 +30,17 @@ RECOMPUTE_LAUNCHES = 0.35
 # which waits for the host of an H200, took 170 ms against 125 predicted without it
 OFFLOAD_LAUNCHES = 0.4
 # kernels of a layer, forward and backward, and as many more where everything is recomputed
-# (results/train_step_8b.json); and a GPU's seconds between two of them, of an H200: a recorded step
-# of Llama-3.2-1B's shapes and 2 x 512 tokens took 15.8 ms, its 1,040 kernels 13.6
+# (results/train_step_8b.json); and a GPU's seconds between two of them, of an H200: recorded steps
+# of Llama-3.2-1B's shapes and 2 x 512 tokens took 15.6 and 16.0 ms, their 981 kernels 13.6
+# (results/train_step_1b.json)
 LAYER_KERNELS, RECOMPUTED_KERNELS, KERNEL_GAP_S = 63, 51, 2.2e-6
 # an assumption: rows of a table that the host gathers into page-locked memory
 HOST_GATHER_BYTES_PER_S = 4e9
 # backward of attention: five products of the forward's size in place of two
 ATTENTION_BACKWARD = 2.5
-# assumptions, not measured: bounded scores are float32 products outside the tensor cores, or a tanh
-# for each score in Triton's kernel
+# assumptions: bounded scores are float32 products outside the tensor cores, or a tanh for each
+# score in Triton's kernel. 16 heads of 256 on an H200: Triton 0.30 + 1.73 ms, products 4.60 + 9.19,
+# where flash without a bound took 0.29 + 0.96 (results/kernels_bfloat16.json)
 CAPPED_ATTENTION = {"math": 6.0, "triton": 2.0}
 
 
@@ -199,7 +201,8 @@ class Batch:
 
         Forward X for X A^T. Backward dY for dY B and for B's gradient, X for A's; but where gate,
         up and the input of down are concerned these ride in the gated unit's kernel, which takes
-        as long as two of its operands more (results/kernels_bfloat16.json).
+        as long as two of its operands more (results/kernels_bfloat16.json). So from sm_80 up;
+        below, products of their own read two operands more, 0.5 % of a T4's step: not counted.
         """
         forward = backward = 0
         for group, names in self.shape.groups.items():

@@ -30,9 +30,10 @@ _HOPPER = ("cudnn", "triton", "flash", "efficient", "math")
 _CUDNN_FIRST = ("cudnn", "flash", "efficient", "triton", "math")
 DENSE_ORDER_OF_MAJOR = {9: _CUDNN_FIRST, 10: _CUDNN_FIRST}
 _TRITON_HEAD_DIM = 128
-# Packed, by reasoning and not by timing: the Triton kernel writes into the caller's buffers and
-# sums the gradients of a shared head without expanding them; below sm_80 one launch comes before
-# one a document.
+# Packed: 1 x 8192 tokens of 8 documents took Triton 1.50 ms, flash_varlen 1.81, efficient_varlen
+# 3.80 (the same file). Elsewhere by reasoning: the Triton kernel writes into the caller's buffers
+# and sums the gradients of a shared head without expanding them; below sm_80 one launch comes
+# before one a document.
 PACKED_ORDER = ("triton", "flash_varlen", "efficient_varlen", "efficient", "math")
 CPU_ORDER = ("cpu_flash", "math")
 

@@ -23,7 +23,7 @@ class ModelSettings:
         use_gradient_checkpointing: False, True or "smart"; None until adapters are attached.
         memory_budget_gib, host_budget_gib: what "smart" may use, in GiB; None: what is free.
         full_finetuning: every weight is trained, without adapters.
-        trained_steps: that runs of the kit's trainer have behind them, of those not begun anew.
+        trained_steps: optimiser steps that the kit's trainer has trained the present weights for.
         notes: one line for each thing that was not done as asked, with the reason.
     """
 

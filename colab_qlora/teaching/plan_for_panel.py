@@ -101,7 +101,8 @@ def plan_for_panel(
         A function from the panel's parameters to a `PanelPlan`. Of them it reads batch_size,
         max_seq_length, r, gradient_accumulation_steps, num_train_epochs and max_steps, and takes
         2, the model's length (2048 for a name), 16, 1, 1 and -1 for those that are not there. The
-        rows are taken to fill max_seq_length, so the times are upper bounds.
+        rows are taken to fill max_seq_length: shorter ones take less time. Evaluations and saving
+        come on top.
     """
     if rows is not None and rows < 1:
         raise UserError("rows is no number of rows", got=rows, allowed="1 or more, or None")

@@ -30,6 +30,7 @@ from colab_qlora.curves.paired import RowLosses
 from colab_qlora.curves.remedies.changes import rate_text
 from colab_qlora.curves.sweep import SweepResult, SweepRun, first_broken_step, in_order
 from colab_qlora.errors import UserError
+from colab_qlora.models.settings import settings_of
 from colab_qlora.quantization.dynamic import dynamic_state
 from colab_qlora.training.dataset_checks import data_hash
 from colab_qlora.training.early_stopping import EarlyStopping
@@ -102,6 +103,8 @@ def learning_rate_sweep(
 
 def _run(trainer: Any, rate: float, steps: int) -> SweepRun:
     start = {name: value.detach().cpu().clone() for name, value in _trainable(trainer.model)}
+    settings = settings_of(trainer.model)
+    trained_steps = settings.trained_steps if settings else 0
     _set_schedule(trainer, steps)
     try:
         # loading and the evaluation before drew random numbers, more in one run than in another
@@ -116,6 +119,8 @@ def _run(trainer: Any, rate: float, steps: int) -> SweepRun:
             for name, value in _trainable(trainer.model):
                 value.copy_(start[name])
         trainer.model.zero_grad(set_to_none=True)
+        if settings:
+            settings.trained_steps = trained_steps
 
 
 def _set_schedule(trainer: Any, steps: int) -> None:

@@ -176,6 +176,8 @@ class SFTTrainer(ResumingTrainer):
             reader.attach(self._loss_log, self._say)
         checkpoint = self._checkpoint_to_start_from(resume_from_checkpoint, folder)
         if checkpoint and (done := self._finished(checkpoint)):
+            if settings := settings_of(self.model):
+                settings.trained_steps = done.global_step
             return done
         before = 0 if checkpoint else self._steps_before()
         eval_on_start = self.args.eval_on_start
@@ -213,8 +215,8 @@ class SFTTrainer(ResumingTrainer):
         steps = settings.trained_steps if settings else 0
         if steps:
             self._say(
-                f"this model has {steps} steps of an earlier run behind it and is trained on from "
-                "there; to begin anew, load it again"
+                f"this model has {steps} step{'' if steps == 1 else 's'} of an earlier run behind "
+                "it and is trained on from there; to begin anew, load it again"
             )
         return steps
 

@@ -189,7 +189,6 @@ def test_every_form_of_a_saved_model_has_its_cost(results: dict[str, Any]) -> No
     rows = {row["form"]: row for row in results["export_cost_dry"]["rows"]}
     whole = rows["merged_16bit"]["disk_gb"]
     assert rows.keys() == {"adapter", "merged_16bit", "merged_4bit", "GGUF q8_0", "GGUF q4_0"}
-    assert all(row["seconds"] > 0 and row["host_gb"] >= 0 for row in rows.values())
     assert all(0 < rows[form]["disk_gb"] < whole for form in rows.keys() - {"merged_16bit"})
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import time
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -96,6 +97,17 @@ def test_of_a_problem_its_two_ends_are_kept(
     path = record.write("parts", [], problems={"peer": text, "other": "not installed"})
     found = json.loads(path.read_text("utf-8"))["problems"]
     assert found == {"peer": "exit status 1: ImportError: no y", "other": "not installed"}
+
+
+def test_memory_counts_beyond_what_was_held_before() -> None:
+    from benchmarks.export_cost import _watched_memory
+
+    with _watched_memory() as peak:
+        held = bytearray(b"1" * 50_000_000)
+        deadline = time.monotonic() + 20
+        while peak[0] < 40e6 and time.monotonic() < deadline:
+            time.sleep(0.01)
+    assert held and peak[0] > 40e6
 
 
 def test_numbers_keep_their_digits() -> None:

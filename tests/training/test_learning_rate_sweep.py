@@ -85,7 +85,7 @@ def test_a_sensible_centre_wins_against_far_too_low_and_far_too_high(
 
 
 def test_equal_rates_are_within_noise_with_one_model_for_all(
-    make_trainer: Make, tmp_path: Path
+    make_trainer: Make, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     trainers: list[Any] = []
 
@@ -110,6 +110,9 @@ def test_equal_rates_are_within_noise_with_one_model_for_all(
         )
 
     result = learning_rate_sweep(make, GOOD, factors=(1, 1, 1), steps=8, output_dir=tmp_path / "s")
+    # every run began at the start, and so may the next
+    assert "earlier run" not in capsys.readouterr().out
+    assert trainers[0].model.colab_qlora_settings.trained_steps == 0
     assert result.outcome == "within noise"
     assert result.chosen == GOOD
     assert result.names() == ["6e-3", "6e-3 (2)", "6e-3 (3)"]
