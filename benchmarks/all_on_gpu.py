@@ -108,7 +108,7 @@ RUNS = [
     Run("layer_parity", 60, "benchmarks.layer_parity"),
     Run("curves_200", 260, "benchmarks.curves_200 --processes 4"),
     Run("export", 200, "benchmarks.export"),
-    Run("export_cost", 240, "benchmarks.export_cost {8b}"),
+    Run("export_cost", 340, "benchmarks.export_cost {8b}"),
     *(
         Run(
             f"quantization_{seed}",
