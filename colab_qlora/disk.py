@@ -4,17 +4,23 @@ from __future__ import annotations
 
 import errno
 import shutil
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from os import PathLike
 from pathlib import Path
 
 from colab_qlora.errors import UserError, error_chain
 
 _DISK_FULL = (errno.ENOSPC, errno.EDQUOT)
-# safetensors (in Rust) and torch's archive writer report a failed write in words of their own
+# what Rust puts behind the system's words, whichever of its libraries writes
+_OF_THE_SYSTEM = "(os error "
+# safetensors and tokenizers (in Rust) and torch's archive writer raise no OSError for a full disk
 _DISK_FULL_WORDS = (
     "No space left on device",
     *(f"os error {number}" for number in _DISK_FULL),
     "file write failed",
+    "iostream error",
 )
 
 
@@ -57,7 +63,38 @@ def is_disk_full(error: BaseException) -> bool:
     )
 
 
-def write_error(error: Exception, target: Path) -> UserError:
+@contextmanager
+def readable_write_errors(target: Path) -> Iterator[None]:
+    """Tell every failed write of a folder in the same words, whichever library wrote.
+
+    Python and torch raise an OSError or a RuntimeError, safetensors an error of its own, tokenizers
+    a plain Exception.
+
+    Args:
+        target: what the message calls the folder.
+
+    Raises:
+        UserError: a write failed. What is no failed write passes as it is.
+    """
+    try:
+        yield
+    except UserError:
+        raise
+    except Exception as error:
+        if not _is_failed_write(error):
+            raise
+        raise _write_error(error, target) from error
+
+
+def _is_failed_write(error: Exception) -> bool:
+    # whoever raises its error has imported it; nobody else needs it for this question
+    safetensors = sys.modules.get("safetensors")
+    if safetensors is not None and isinstance(error, safetensors.SafetensorError):
+        return True
+    return isinstance(error, OSError) or _OF_THE_SYSTEM in str(error) or is_disk_full(error)
+
+
+def _write_error(error: Exception, target: Path) -> UserError:
     """What a failed write of a folder is told as; all that was written is removed by then."""
     text = next(iter(str(error).splitlines()), type(error).__name__)
     if is_disk_full(error):

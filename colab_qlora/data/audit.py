@@ -13,7 +13,9 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from colab_qlora.data.chat_texts import readable_template_errors
 from colab_qlora.data.encode import check_max_seq_length, encode
+from colab_qlora.data.records import where
 from colab_qlora.data.wording import counted, first_few
 from colab_qlora.errors import UserError
 
@@ -101,10 +103,14 @@ def lengths_and_starts(
         examples, tokenizer: as of `audit_lengths`.
 
     Raises:
-        UserError: an example is in no known form.
+        UserError: an example is in no known form, or its chat template refuses it.
     """
-    encoded = (encode(example, tokenizer) for example in examples)
-    return [(len(ids), label_start) for ids, label_start in encoded]
+    pairs = []
+    for index, example in enumerate(examples):
+        with readable_template_errors(where(examples, index)):
+            ids, label_start = encode(example, tokenizer)
+        pairs.append((len(ids), label_start))
+    return pairs
 
 
 def length_report(pairs: Sequence[tuple[int, int]], max_seq_length: int) -> LengthReport:

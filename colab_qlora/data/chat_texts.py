@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 from colab_qlora.data.chat_templates import (
@@ -134,20 +135,34 @@ def _set_template(tokenizer: Any, template: str | None, system: str | None) -> N
 
 
 def _render(messages: Any, tokenizer: Any, index: int, add_generation_prompt: bool) -> str:
-    from jinja2 import TemplateError
-
-    try:
+    with readable_template_errors(f"row {index}"):
         text = tokenizer.apply_chat_template(
             messages, tokenize=False, add_generation_prompt=add_generation_prompt
         )
+    return str(text)
+
+
+@contextmanager
+def readable_template_errors(place: str) -> Iterator[None]:
+    """Say which row a chat template refuses.
+
+    Args:
+        place: of the row, for the message.
+
+    Raises:
+        UserError: it is refused.
+    """
+    from jinja2 import TemplateError
+
+    try:
+        yield
     except TemplateError as error:
         raise UserError(
-            f"row {index} does not fit the chat template",
+            f"{place} does not fit the chat template",
             got=" ".join(str(error).split()),
             allowed="a conversation that the template can hold",
             do="Mend or drop the row; check_conversation(messages, name) tells more",
         ) from error
-    return str(text)
 
 
 def _messages_of(row: Mapping[str, Any], index: int, column: str | None) -> list[Any]:

@@ -81,7 +81,7 @@ def standardize_sharegpt(
         if not found:
             others = {name: value for name, value in row.items() if name != field}
             rows.append({**others, "conversations": turns})
-    _refuse(dataset, faults)
+    refuse(dataset, faults)
     return replace(dataset, rows=tuple(rows)) if isinstance(dataset, Records) else rows
 
 
@@ -154,7 +154,7 @@ def _standardize_dataset(
         desc="Reading conversations",
     )
     faults = [(index, Fault(**fault)) for index, row in enumerate(mapped[_FAULTS]) for fault in row]
-    _refuse(dataset, faults)
+    refuse(dataset, faults)
     return mapped.remove_columns(_FAULTS)
 
 
@@ -168,15 +168,24 @@ def _read_batch(
     }
 
 
-def _refuse(rows: Any, faults: list[tuple[int, Fault]]) -> None:
-    """Raise one error for all faults, with the remedy of the kind that is met most."""
+def refuse(rows: Any, faults: list[tuple[int, Fault]], noun: str = "conversation") -> None:
+    """Raise one error for all faults, with the remedy of the kind that is met most.
+
+    Args:
+        rows: of which `Records` know their lines.
+        faults: with the index of their row; if there is none, nothing happens.
+        noun: what a row is called.
+
+    Raises:
+        UserError: there is a fault.
+    """
     if not faults:
         return
     kinds = Counter(fault.kind for _, fault in faults)
     allowed, do = REMEDIES[kinds.most_common(1)[0][0]]
     faulty_rows = len({index for index, _ in faults})
     raise UserError(
-        f"{faulty_rows:,} of {counted(len(rows), 'conversation')} cannot be used",
+        f"{faulty_rows:,} of {counted(len(rows), noun)} cannot be used",
         got=first_few([f"{where(rows, index)}: {fault.text}" for index, fault in faults]),
         allowed=allowed,
         do=do if len(kinds) == 1 else f"{do}; then mend what is left",

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
+from typing import Any
 
 from colab_qlora.data.wording import first_few, kind_of, shown
 from colab_qlora.errors import UserError
@@ -53,6 +54,10 @@ REMEDIES = {
     "tool": (
         "messages of system, user and assistant",
         "Delete these rows, or write the tool's call and answer as text of the two speakers",
+    ),
+    "tools": (
+        "rows without tools",
+        "Delete the field 'tools', or write what it says as text of a system message",
     ),
     "part": (
         "text, or a list of parts of type 'text'",
@@ -136,6 +141,55 @@ def read_conversation(
     return turns, faults or _order_faults(turns, field)
 
 
+def content_faults(messages: object, field: str) -> list[Fault]:
+    """What training would drop, misread or stumble over in messages of either layout.
+
+    Which roles there are, and in which order, is left to the chat template.
+
+    Args:
+        messages: what a row has in `field`; what is no message is left to the template, too.
+        field: the field's name, as faults show it.
+    """
+    faults: list[Fault] = []
+    for index, message in enumerate(messages if isinstance(messages, list) else []):
+        layout = message_layout(message)
+        if layout is not None and isinstance(message, Mapping):
+            fault = _content_fault(message, f"{field}[{index}]", *layout)
+            faults += [] if fault is None else [fault]
+    return faults
+
+
+def _content_fault(
+    message: Mapping[str, Any], place: str, role_field: str, text_field: str
+) -> Fault | None:
+    if fault := _tool_field_fault(message, place):
+        return fault
+    role, content = str(message[role_field]).casefold(), message.get(text_field)
+    if role in _TOOL_NAMES:
+        return Fault("tool", f"'{place}.{role_field}' is {shown(message[role_field])}")
+    if role == "assistant" and (fault := _weight_fault(message, place)):
+        return fault
+    # an empty text is what the template makes of it
+    text = "" if isinstance(content, str) else _read_text(content, f"{place}.{text_field}")
+    return text if isinstance(text, Fault) else None
+
+
+def joined_parts(messages: object) -> Any:
+    """The messages with one text each, where `content_faults` finds none in them."""
+    return [_joined(message) for message in messages] if isinstance(messages, list) else messages
+
+
+def _joined(message: Any) -> Any:
+    if not isinstance(message, Mapping):
+        return message
+    texts = {
+        name: "".join(part["text"] for part in message[name])
+        for _, name in MESSAGE_LAYOUTS
+        if isinstance(message.get(name), list)
+    }
+    return {**message, **texts}
+
+
 def message_layout(message: object) -> tuple[str, str] | None:
     """The pair of `MESSAGE_LAYOUTS` that a message has, None for neither or both."""
     if not isinstance(message, Mapping):
@@ -149,9 +203,8 @@ def _read_message(message: object, place: str, roles: Mapping[str, str]) -> dict
     layout = message_layout(message)
     if layout is None or not isinstance(message, Mapping):
         return Fault("layout", f"'{place}' {_fields_of(message)}")
-    for name in _TOOL_FIELDS:
-        if message.get(name):
-            return Fault("tool", f"'{place}.{name}' is a tool's")
+    if fault := _tool_field_fault(message, place):
+        return fault
     role_field, text_field = layout
     said = message[role_field]
     role = roles.get(said.casefold()) if isinstance(said, str) else None
@@ -161,11 +214,23 @@ def _read_message(message: object, place: str, roles: Mapping[str, str]) -> dict
         return Fault(
             "tool" if is_tool else "role", f"'{place}.{role_field}' is {shown(said)}{known}"
         )
-    weight = message.get("weight")
-    if role == "assistant" and weight is not None and not weight:
-        return Fault("weight", f"'{place}.weight' is {shown(weight)}, which would be ignored")
+    if role == "assistant" and (fault := _weight_fault(message, place)):
+        return fault
     text = _read_text(message.get(text_field), f"{place}.{text_field}")
     return text if isinstance(text, Fault) else {"role": role, "content": text}
+
+
+def _tool_field_fault(message: Mapping[str, Any], place: str) -> Fault | None:
+    found = next((name for name in _TOOL_FIELDS if message.get(name)), None)
+    return None if found is None else Fault("tool", f"'{place}.{found}' is a tool's")
+
+
+def _weight_fault(message: Mapping[str, Any], place: str) -> Fault | None:
+    """Of a message of the assistant."""
+    weight = message.get("weight")
+    if weight is None or weight:
+        return None
+    return Fault("weight", f"'{place}.weight' is {shown(weight)}, which would be ignored")
 
 
 def _fields_of(message: object) -> str:

@@ -16,7 +16,6 @@ To a model hub
     hub.py                  push_to_hub, push_to_hub_merged, push_to_hub_gguf
     hub_token.py            where the token comes from; hub_errors.py what a refusal means
 For all of them
-    whole_files.py          all files or none
     options.py              keyword arguments of tutorials
     methods.py              the functions as methods of one model
 """

@@ -10,12 +10,13 @@ from colab_qlora.errors import UserError
 from colab_qlora.export.base_weights import merged_weights
 from colab_qlora.export.merged_4bit import planned_4bit, quantization_config
 from colab_qlora.export.options import MEMORY_SHARE, check_options, shard_bytes
-from colab_qlora.export.whole_files import folder_to_write, whole_files
 from colab_qlora.models.fuse import causal_model
 from colab_qlora.models.settings import settings_of
 from colab_qlora.quantization.checkpoint_parts import plain_config
+from colab_qlora.quantization.instance_methods import write_adapter
 from colab_qlora.quantization.merged_weights import MergedWeights
 from colab_qlora.quantization.shard_writer import OTHER_FILES_BYTES, write_checkpoint
+from colab_qlora.whole_files import folder_to_write, whole_files
 
 SAVE_METHODS = ("lora", "merged_16bit", "merged_4bit", "merged_4bit_forced")
 _4BIT_COSTS = (
@@ -141,7 +142,7 @@ def _save_lora(model: Any, folder: Path, tokenizer: Any) -> None:
     adapters = [p for name, p in model.named_parameters() if "lora_" in name or p.requires_grad]
     size = sum(parameter.numel() * parameter.element_size() for parameter in adapters)
     with whole_files(folder, size + OTHER_FILES_BYTES) as partial:
-        model.save_pretrained(str(partial))
+        write_adapter(model, partial)
         if tokenizer is not None:
             tokenizer.save_pretrained(str(partial))
 

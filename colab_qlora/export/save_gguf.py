@@ -21,11 +21,11 @@ from colab_qlora.export.gguf_tokenizer import Vocabulary, read_vocabulary
 from colab_qlora.export.llama_cpp_quantizer import load_llama_cpp, quantize_file
 from colab_qlora.export.ollama import modelfile
 from colab_qlora.export.options import MEMORY_SHARE, check_options, shard_bytes
-from colab_qlora.export.whole_files import whole_files
 from colab_qlora.models.embedded import EMBEDDED_NAME, FOLDER_NAME
 from colab_qlora.models.loading import load_tokenizer
 from colab_qlora.models.settings import settings_of
 from colab_qlora.quantization.merged_weights import MergedWeights
+from colab_qlora.whole_files import whole_files
 
 _MODELFILE = "Modelfile"
 _METADATA_BYTES = 32 * 2**20

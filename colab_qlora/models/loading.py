@@ -30,6 +30,11 @@ from colab_qlora.quantization.map_file import RecordedMap
 
 # 4-bit already (5.7 GB to download), 8 billion parameters, and no token needed
 DEFAULT_GPU_MODEL = "unsloth/llama-3-8b-Instruct-bnb-4bit"
+_PADS_WITH_EOS = (
+    "the pad token is {eos}, the end-of-text token: this checkpoint {why}; padding is hidden from "
+    "the loss by its place in a batch, so a text's own {eos} still counts in training; a "
+    "data_collator that hides padding by its token would hide it too"
+)
 
 
 def default_model_name() -> str:
@@ -88,9 +93,9 @@ def load_model_and_tokenizer(
         model = _load_model(
             source, device_map, bits, config=config, dtype=compute_dtype, **hub, **kwargs
         )
-    _prepare_tokenizer(tokenizer, model, max_seq_length)
+    notes = [note, _prepare_tokenizer(tokenizer, model, max_seq_length)]
     keep_weights_in_place(model)
-    _attach_settings(model, name, max_seq_length, compute_dtype, note)
+    _attach_settings(model, name, max_seq_length, compute_dtype, list(filter(None, notes)))
     if dynamic is not None:
         make_dynamic(
             model, dynamic, source, name, max_seq_length, compute_dtype,
@@ -245,7 +250,8 @@ def keep_weights_in_place(model: Any) -> None:
             module.support_avx512bf16_for_cpu = False
 
 
-def _prepare_tokenizer(tokenizer: Any, model: Any, max_seq_length: int) -> None:
+def _prepare_tokenizer(tokenizer: Any, model: Any, max_seq_length: int) -> str | None:
+    """Set padding and length; what is to be said of the pad token, if anything is."""
     tokenizer.padding_side = "right"
     tokenizer.model_max_length = max_seq_length
     if tokenizer.eos_token is None:
@@ -253,7 +259,8 @@ def _prepare_tokenizer(tokenizer: Any, model: Any, max_seq_length: int) -> None:
             "the tokenizer has no end-of-text token, so the model could not learn to stop",
             do="Set tokenizer.eos_token in the model folder's tokenizer_config.json",
         )
-    if tokenizer.pad_token is None:
+    was_missing = tokenizer.pad_token is None
+    if was_missing:
         # prefer a reserved token of the vocabulary: padding with EOS hides where texts end
         vocabulary = tokenizer.get_vocab()
         reserved = ("<|finetune_right_pad_id|>", "<|reserved_special_token_0|>", "<pad>", "<unk>")
@@ -262,13 +269,27 @@ def _prepare_tokenizer(tokenizer: Any, model: Any, max_seq_length: int) -> None:
     model.config.pad_token_id = tokenizer.pad_token_id
     if model.generation_config is not None:
         model.generation_config.pad_token_id = tokenizer.pad_token_id
+    return padding_note(tokenizer, was_missing)
+
+
+def padding_note(tokenizer: Any, was_missing: bool = False) -> str | None:
+    """What is to be said of a pad token that is the end-of-text token; None for any other.
+
+    Args:
+        tokenizer: with both tokens.
+        was_missing: its checkpoint had no pad token.
+    """
+    if tokenizer.pad_token_id != tokenizer.eos_token_id:
+        return None
+    why = "has no spare token to pad with" if was_missing else "has it so"
+    return _PADS_WITH_EOS.format(eos=tokenizer.eos_token, why=why)
 
 
 def _attach_settings(
-    model: Any, name: str, max_seq_length: int, compute_dtype: Any, note: str | None
+    model: Any, name: str, max_seq_length: int, compute_dtype: Any, notes: list[str]
 ) -> None:
     settings = ModelSettings(name, max_seq_length, str(compute_dtype).removeprefix("torch."))
-    if note:
+    for note in notes:
         settings.notes.append(note)
         print(f"colab_qlora: {note}")
     setattr(model, ATTRIBUTE, settings)

@@ -11,6 +11,7 @@ from os import PathLike
 from typing import Any, NoReturn
 
 from colab_qlora.errors import UserError
+from colab_qlora.quantization.instance_methods import whole_adapter, write_adapter
 
 
 def generate(model: Any, *inputs: Any, **options: Any) -> Any:
@@ -36,18 +37,19 @@ def generate(model: Any, *inputs: Any, **options: Any) -> Any:
 
 
 def save_lora(model: Any, save_directory: str | PathLike[str]) -> None:
-    """Write the adapter into a folder, as `save_pretrained` does.
+    """Write the adapter into a folder, as `save_pretrained` does; all of its files or none.
 
     Args:
         model: what `get_peft_model` gave.
         save_directory: is made if it is not there; a file of the same name is replaced.
 
     Raises:
-        UserError: the model has no adapter.
+        UserError: the model has no adapter, the disk becomes full, or the folder cannot be written.
     """
     if not getattr(model, "peft_config", None):
         raise UserError("the model has no adapter to save", do="Call save_pretrained instead")
-    model.save_pretrained(save_directory)
+    with whole_adapter(save_directory) as partial:
+        write_adapter(model, partial)
 
 
 def load_lora(model: Any, *args: Any, **options: Any) -> NoReturn:

@@ -6,6 +6,7 @@ import os
 import re
 from typing import Any, Literal
 
+from colab_qlora.disk import is_disk_full
 from colab_qlora.errors import UserError
 
 
@@ -21,23 +22,26 @@ class readable_errors:  # a context manager, named like a function
     def __exit__(self, kind: Any, error: BaseException | None, trace: Any) -> Literal[False]:
         from safetensors import SafetensorError
 
-        if isinstance(error, SafetensorError):
-            raise UserError(
-                f"the weights of {self.name} are cut off or damaged",
-                got=str(error),
-                do="Fetch or save them again",
-            ) from error
-        if not isinstance(error, (OSError, ValueError)) or isinstance(error, UserError):
+        if not isinstance(error, Exception) or isinstance(error, UserError):
             return False
         text = str(error)
         reason = next((line.strip() for line in text.splitlines() if line.strip()), kind.__name__)
-        if getattr(error, "errno", None) == 28:
+        # whatever fetches: a library in Rust raises no OSError
+        if is_disk_full(error):
             raise UserError(
                 "the disk is full while the model is fetched",
                 got=reason,
                 do=f"Free some space below {os.environ.get('HF_HOME', '~/.cache/huggingface')}, "
                 "or set HF_HOME to a larger disk",
             ) from error
+        if isinstance(error, SafetensorError):
+            raise UserError(
+                f"the weights of {self.name} are cut off or damaged",
+                got=str(error),
+                do="Fetch or save them again",
+            ) from error
+        if not isinstance(error, (OSError, ValueError)):
+            return False
         if re.search(r"gated repo|\b(401|403) (Client Error|Unauthorized|Forbidden)", text):
             raise UserError(
                 f"{self.name} cannot be read without permission",

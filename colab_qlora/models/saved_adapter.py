@@ -9,7 +9,7 @@ from typing import Any
 from colab_qlora.errors import UserError
 from colab_qlora.models.adapters import set_gradient_checkpointing
 from colab_qlora.models.fuse import fuse
-from colab_qlora.models.loading import load_model_and_tokenizer
+from colab_qlora.models.loading import load_model_and_tokenizer, padding_note
 from colab_qlora.models.quiet_import import import_bitsandbytes, without_rename_warnings
 from colab_qlora.models.readable_errors import readable_errors
 from colab_qlora.models.saved_tables import let_tables_meet
@@ -69,7 +69,9 @@ def load_adapter_folder(name: str, *load_args: Any, **options: Any) -> tuple[Any
     fuse(model)
     set_gradient_checkpointing(model, "smart")
     if (folder / "tokenizer_config.json").is_file():
-        length = tokenizer.model_max_length
-        tokenizer = AutoTokenizer.from_pretrained(str(folder))
-        tokenizer.model_max_length = length
+        of_base, tokenizer = tokenizer, AutoTokenizer.from_pretrained(str(folder))
+        tokenizer.model_max_length = of_base.model_max_length
+        # of the base's own it has been said
+        if (note := padding_note(tokenizer)) and padding_note(of_base) is None:
+            print(f"colab_qlora: {note}")
     return model, tokenizer

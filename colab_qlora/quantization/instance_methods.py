@@ -7,27 +7,75 @@ that is right is named: merging into rounded weights, and saving them as if all 
 
 from __future__ import annotations
 
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+from os import PathLike
+from pathlib import Path
 from typing import Any
 
 from colab_qlora.errors import UserError
 from colab_qlora.quantization.dynamic import dynamic_state
 from colab_qlora.quantization.map_file import save_map
+from colab_qlora.whole_files import whole_files
 
+_CARD = "README.md"
 MERGES = ("merge_and_unload", "merge_adapter", "merge")
 
 
 class SavesItsMap:
-    """A PEFT model's `save_pretrained`, and the map of its base in the same folder."""
+    """A PEFT model's `save_pretrained`, and the map of its base in the same folder, or neither.
+
+    Raises:
+        UserError: the disk becomes full, or the folder cannot be written; it is as it was then.
+    """
 
     def __init__(self, model: Any) -> None:
         self.model = model
 
     def __call__(self, save_directory: Any, *args: Any, **kwargs: Any) -> Any:
-        saved = type(self.model).save_pretrained(self.model, save_directory, *args, **kwargs)
+        if not kwargs.get("is_main_process", True):
+            return self.write(save_directory, *args, **kwargs)
+        with whole_adapter(save_directory) as partial:
+            return self.write(str(partial), *args, **kwargs)
+
+    def write(self, folder: Any, *args: Any, **kwargs: Any) -> Any:
+        """The files, one after the other: for a folder that appears when all of them are there."""
+        saved = type(self.model).save_pretrained(self.model, folder, *args, **kwargs)
         state = dynamic_state(self.model)
         if state is not None and kwargs.get("is_main_process", True):
-            save_map(state, save_directory)
+            save_map(state, folder)
         return saved
+
+
+@contextmanager
+def whole_adapter(folder: str | PathLike[str]) -> Iterator[Path]:
+    """A hidden folder for an adapter's files, which move into `folder` if all of them are written.
+
+    Args:
+        folder: is made if it is not there; a file in it is replaced by a new one of its name.
+
+    Raises:
+        UserError: the disk becomes full, or the folder cannot be written; it is as it was then.
+    """
+    target = Path(folder).expanduser()
+    with whole_files(target) as partial:
+        # PEFT writes into the model card that is there, and so has to find it
+        if (target / _CARD).is_file():
+            shutil.copyfile(target / _CARD, partial / _CARD)
+        yield partial
+
+
+def write_adapter(model: Any, folder: Path) -> None:
+    """`model.save_pretrained(folder)`, for a folder that is a hidden one already.
+
+    Args:
+        model: a `PeftModel`.
+        folder: as `whole_adapter` or `whole_files` gives it, whose errors name the folder that the
+            user knows.
+    """
+    save = model.save_pretrained
+    (save.write if isinstance(save, SavesItsMap) else save)(str(folder))
 
 
 class Refuses:

@@ -18,7 +18,7 @@ from typing import Any
 
 import torch
 
-from colab_qlora.disk import check_space, write_error
+from colab_qlora.disk import check_space, readable_write_errors
 from colab_qlora.errors import UserError
 from colab_qlora.quantization.weight_source import INDEX, SINGLE
 
@@ -169,20 +169,17 @@ def _check_empty(target: Path) -> None:
 @contextmanager
 def _all_or_nothing(target: Path, weight_bytes: int) -> Iterator[Path]:
     """A folder beside the target that takes its place if nothing fails, and else disappears."""
-    from safetensors import SafetensorError
-
     partial = target.parent / f".{target.name}-{uuid.uuid4().hex[:8]}.partial"
     try:
-        target.parent.mkdir(parents=True, exist_ok=True)
-        needed = weight_bytes + OTHER_FILES_BYTES
-        check_space(target.parent, needed, "this checkpoint", target, _NO_ROOM)
-        partial.mkdir()
-        yield partial
-        if target.exists():
-            target.rmdir()
-        partial.rename(target)
-    except (OSError, SafetensorError) as error:
-        raise write_error(error, target) from error
+        with readable_write_errors(target):
+            target.parent.mkdir(parents=True, exist_ok=True)
+            needed = weight_bytes + OTHER_FILES_BYTES
+            check_space(target.parent, needed, "this checkpoint", target, _NO_ROOM)
+            partial.mkdir()
+            yield partial
+            if target.exists():
+                target.rmdir()
+            partial.rename(target)
     finally:
         # gone already where it was renamed
         shutil.rmtree(partial, ignore_errors=True)

@@ -6,6 +6,7 @@ from collections.abc import Callable
 from typing import Any
 
 from colab_qlora.training.dataset_checks import as_dataset, check_dataset, with_messages
+from colab_qlora.training.message_checks import checked_messages
 from colab_qlora.training.one_start_token import with_one_start
 from colab_qlora.training.trainer_checks import check_completions
 
@@ -28,16 +29,20 @@ def checked_rows(
         say: is told what was noted of the rows.
 
     Raises:
-        UserError: no rows, rows of another kind, or no labels left after truncation.
+        UserError: no rows, rows of another kind, messages with images or tools, or no labels left
+            after truncation.
     """
     found: dict[str, Any] = {}
     for name, rows in given.items():
         # a missing train set is an error there, and a missing eval set none
         is_left_out = rows is None and name == "eval_dataset"
-        found[name] = None if is_left_out else as_dataset(rows, name)
+        kind, field = name.removesuffix("_dataset"), args.dataset_text_field
         # rows that TRL is told to leave alone are left alone here too
-        if formatting is None and not args.dataset_kwargs:
-            kind, field = name.removesuffix("_dataset"), args.dataset_text_field
+        is_laid_out = formatting is None and not args.dataset_kwargs
+        # before they become a table, which cannot hold texts beside lists of parts
+        rows = checked_messages(rows, kind, tokenizer, field, is_laid_out=is_laid_out)
+        found[name] = None if is_left_out else as_dataset(rows, name)
+        if is_laid_out:
             found[name], note = with_messages(found[name], kind, field)
             if note:
                 say(note)

@@ -27,8 +27,8 @@ from small_checkpoint import (  # noqa: E402
 )
 
 from colab_qlora import UserError  # noqa: E402
+from colab_qlora import whole_files as whole_files_module  # noqa: E402
 from colab_qlora.export import merged as merged_module  # noqa: E402
-from colab_qlora.export import whole_files as whole_files_module  # noqa: E402
 from colab_qlora.export.merged import SAVE_METHODS, save_pretrained_merged  # noqa: E402
 from colab_qlora.export.options import shard_bytes  # noqa: E402
 from colab_qlora.quantization.merging import merge_16_bit  # noqa: E402

@@ -16,7 +16,7 @@ from contextlib import contextmanager, suppress
 from os import PathLike
 from pathlib import Path
 
-from colab_qlora.disk import check_space, write_error
+from colab_qlora.disk import check_space, readable_write_errors
 from colab_qlora.errors import UserError
 
 _NO_ROOM = "Free some space, or choose a folder on another disk; nothing was written"
@@ -44,12 +44,13 @@ def check_new(folder: str | PathLike[str]) -> Path:
 
 
 @contextmanager
-def whole_files(folder: str | PathLike[str], needed_bytes: int) -> Iterator[Path]:
+def whole_files(folder: str | PathLike[str], needed_bytes: int = 0) -> Iterator[Path]:
     """A hidden folder whose files move into `folder` if nothing fails, and else disappear.
 
     Args:
         folder: is made if it is not there; a file in it is replaced by a new one of its name.
-        needed_bytes: room on the disk that is checked before anything is written.
+        needed_bytes: room on the disk that is checked before anything is written; 0 where it is not
+            known.
 
     Raises:
         UserError: too little room, a disk that becomes full, or a folder that cannot be written.
@@ -58,14 +59,13 @@ def whole_files(folder: str | PathLike[str], needed_bytes: int) -> Iterator[Path
     partial = target.parent / f".{target.name}-{uuid.uuid4().hex[:8]}.partial"
     made = _missing(target)
     try:
-        target.mkdir(parents=True, exist_ok=True)
-        check_space(target, needed_bytes, "this export", target, _NO_ROOM)
-        partial.mkdir()
-        yield partial
-        _move_all(sorted(partial.iterdir()), target, partial / ".replaced")
+        with readable_write_errors(target):
+            target.mkdir(parents=True, exist_ok=True)
+            check_space(target, needed_bytes, "this export", target, _NO_ROOM)
+            partial.mkdir()
+            yield partial
+            _move_all(partial, target, made)
         made = []
-    except OSError as error:
-        raise write_error(error, target) from error
     finally:
         shutil.rmtree(partial, ignore_errors=True)
         for folder_made in made:
@@ -99,20 +99,30 @@ def folder_to_write(folder: str | PathLike[str], overwrite: bool) -> Iterator[Pa
     hidden = place.parent / f".{place.name}-{uuid.uuid4().hex[:8]}"
     written, aside = hidden.with_name(f"{hidden.name}.new"), hidden.with_name(f"{hidden.name}.old")
     try:
-        yield written
-        try:
-            place.rename(aside)
-            written.rename(place)
-        except BaseException:
-            if aside.exists() and not place.exists():
-                aside.rename(place)
-            raise
-    except OSError as error:
-        raise write_error(error, target) from error
+        with readable_write_errors(target):
+            yield written
+            try:
+                place.rename(aside)
+                written.rename(place)
+            except BaseException:
+                if aside.exists() and not place.exists():
+                    aside.rename(place)
+                raise
+    except UserError as error:
+        # whoever wrote knows the hidden folder alone
+        raise _renamed(error, written, target) from error.__cause__
     finally:
         # gone already where it was renamed
         shutil.rmtree(written, ignore_errors=True)
     shutil.rmtree(aside, ignore_errors=True)
+
+
+def _renamed(error: UserError, hidden: Path, target: Path) -> UserError:
+    problem, got = (
+        text.replace(str(hidden), str(target)) if isinstance(text, str) else text
+        for text in (error.problem, error.got)
+    )
+    return UserError(str(problem), got=got, allowed=error.allowed, do=error.do)
 
 
 def _check_earlier_export(target: Path) -> None:
@@ -128,17 +138,28 @@ def _check_earlier_export(target: Path) -> None:
     )
 
 
-def _move_all(files: list[Path], target: Path, aside: Path) -> None:
-    """Move the files into the target; on an error, all that was moved goes back."""
-    aside.mkdir()
+def _move_all(partial: Path, target: Path, made: list[Path]) -> None:
+    """Move the files into the target; on an error, all that was moved goes back.
+
+    Args:
+        partial: holds them, in folders or not.
+        target: is there.
+        made: gets the folders that are made in the target, in front.
+    """
+    files = sorted(path for path in partial.rglob("*") if path.is_file())
+    aside = partial / ".replaced"
     moved: list[tuple[Path, Path]] = []
     try:
         for file in files:
-            place = target / file.name
+            name = file.relative_to(partial)
+            place, kept = target / name, aside / name
+            made[:0] = _missing(place.parent)
+            for parent in (place.parent, kept.parent):
+                parent.mkdir(parents=True, exist_ok=True)
             # a folder in the place of a file is not replaced, which the next line says
             if place.is_symlink() or place.is_file():
-                os.replace(place, aside / file.name)
-                moved.append((place, aside / file.name))
+                os.replace(place, kept)
+                moved.append((place, kept))
             # on one file system, so each is moved at once
             os.replace(file, place)
             moved.append((file, place))
