@@ -154,6 +154,8 @@ def _measure(
         # "host_gib" of what was found is what the process had in all
         "pinned_gib": plan.step.plan.host_bytes / 2**30,
         "recompute_share": plan.step.recompute_share,
+        "held_layers": plan.step.held_layers,
+        "held_gib": plan.step.held_bytes / 2**30,
         "seconds_in_all": time.perf_counter() - began,
         "plan": plan.step.plan.describe(),
         **{f"{name}_bytes": moment.bytes for name, moment in plan.step.moments.items()},

@@ -34,6 +34,7 @@ class CostSettings:
         has_gradients: gradients of earlier micro-batches are there (gradient accumulation).
         gemm_workspace_bytes: what cuBLAS has; 0 on a CPU.
         records_layers: layers may be recorded as CUDA graphs where the host is slow.
+        holds_weights: weights may stay decoded where memory is left over.
         embedding: where its table is: "gpu", "host", or "either", which leaves it to the planner
             (and counts as "gpu" elsewhere).
     """
@@ -52,6 +53,7 @@ class CostSettings:
     gemm_workspace_bytes: int = GEMM_WORKSPACE_BYTES
     embedding: str = "gpu"
     records_layers: bool = True
+    holds_weights: bool = True
 
     def __post_init__(self) -> None:
         for name, allowed in (

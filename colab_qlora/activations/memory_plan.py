@@ -18,6 +18,7 @@ from colab_qlora.activations.cost_settings import (
     CostSettings,
 )
 from colab_qlora.activations.gpu_profile import GpuProfile
+from colab_qlora.activations.held_weights import with_held_weights
 from colab_qlora.activations.model_shape import ModelShape, Rank
 from colab_qlora.activations.plan import BudgetTooSmall
 from colab_qlora.activations.recording import may_record
@@ -237,6 +238,12 @@ class MemoryPlan:
         most = max(1, _MOST_TOKENS // (self.workload.batch_size * _LENGTH_STEP))
         return _LENGTH_STEP * _largest(lambda n: self._can(seq_length=n * _LENGTH_STEP), most)
 
+    def holding_at_most(self, layers: int) -> MemoryPlan:
+        """The same plan, with the weights of no more layers decoded for good."""
+        if self.step is None or self.step.held_layers <= layers:
+            return self
+        return replace(self, step=replace(self.step, held_layers=layers))
+
     def with_changes(self, **changes: int | Rank) -> MemoryPlan:
         """The plan for another batch_size, seq_length or rank on the same machine."""
         return plan_for(replace(self.workload, **changes), self.machine)  # type: ignore[arg-type]
@@ -323,7 +330,7 @@ def plan_for(workload: Workload, machine: Machine) -> MemoryPlan:
         )
     except BudgetTooSmall as error:
         return MemoryPlan(workload, machine, None, error.with_traceback(None))
-    return MemoryPlan(workload, machine, step)
+    return MemoryPlan(workload, machine, with_held_weights(step, machine.budget_bytes))
 
 
 def _largest(fits: Callable[[int], bool], most: int) -> int:

@@ -16,10 +16,9 @@ if TYPE_CHECKING:
     from colab_qlora.activations.step_plan import StepPlan
     from colab_qlora.activations.step_time import Batch
 
-# what the host needs for a recorded layer, against starting its kernels: Llama-3.2-1B's shapes,
-# 2 x 128 tokens, which wait for the host, took 13.3 ms a step against 87 on an H200's host (11.4
-# and 19.3 a day later)
-RECORDED_LAUNCHES = 0.08
+# what the host needs for a recorded layer, against starting its kernels: 0.07 to 0.12 in seven
+# steps of an H200's host (host_ms in results/planner_*.json)
+RECORDED_LAUNCHES = 0.11
 
 
 def recording_bytes(shape: ModelShape, rank: Rank, tokens: int, settings: CostSettings) -> int:

@@ -25,6 +25,7 @@ GROUPS = {
     "weights": ("weights", "weight tables", "norms", "biases", "rotation"),
     "embedding and head": ("embedding", "head"),
     "adapters and optimiser": ("adapters", "optimizer states", "gradients"),
+    "decoded weights": ("decoded weights",),
     "buffers": ("scratch", "batch", "GEMM workspace"),
     "kept activations": ("kept activations",),
     "copies on their way": ("copies",),
@@ -52,7 +53,7 @@ def peak_parts(plan: MemoryPlan) -> dict[str, int]:
     if plan.step is None:
         assert plan.error is not None
         return memory_groups(plan.error.parts)
-    other = {"other tensors": plan.step.other_bytes}
+    other = {"other tensors": plan.step.other_bytes, "decoded weights": plan.step.held_bytes}
     return memory_groups(plan.step.peak.parts | other)
 
 
@@ -88,6 +89,9 @@ def _actions(step: StepPlan) -> str:
         said[-1] += f" ({step.recompute_share:.0%} of what full checkpointing would)"
     else:
         said.append("nothing is recomputed")
+    if step.held_layers:
+        which = "the weights" if step.held_layers == layers else f"{step.held_layers} layers"
+        said.append(f"{which} stay decoded ({step.held_bytes / GIB:.2f} GiB)")
     return ", ".join(said)
 
 

@@ -78,6 +78,9 @@ class ActivationRuntime:
         self.current: MemoryPlan | None = None
         self._machine = machine
         self._can_offload = True
+        # all plans hold the same layers: a batch that leaves less room decides for the others too,
+        # whose recordings would have to be made anew whenever memory came and went
+        self._most_held: int | None = None
         self._has_run = False
         self._lane: CopyLane | None = None
         self._last: OffloadingStore | None = None
@@ -97,8 +100,12 @@ class ActivationRuntime:
         """The next layer that asks for a store begins a forward pass."""
         self.current, self._last = None, None
 
-    def plan_of(self, kind: BatchKind) -> MemoryPlan:
-        """The plan of the pass that runs; made, if its bucket has none yet."""
+    def plan_of(self, kind: BatchKind, held_bytes: int = 0) -> MemoryPlan:
+        """The plan of the pass that runs; made, if its bucket has none yet.
+
+        Args:
+            held_bytes: what decoded weights take now that stay by an earlier plan.
+        """
         if self.current is None:
             # gradients that an earlier pass left are gone: an optimiser has used them
             if self._has_run and not kind.has_gradients:
@@ -106,7 +113,8 @@ class ActivationRuntime:
             self._has_run = True
             bucket = replace(kind, seq_length=bucket_length(kind.seq_length))
             if bucket not in self.plans:
-                self.plans[bucket] = self._new_plan(bucket)
+                self.plans[bucket] = self._new_plan(bucket, held_bytes)
+                self._hold_alike(self.plans[bucket])
             self.current = self.plans[bucket]
         return self.current
 
@@ -157,7 +165,15 @@ class ActivationRuntime:
         now: dict[str, Any] = dict.fromkeys(("current", "_lane", "_last", "_move_embedding"))
         return {**vars(self), **now, "plans": {}, "workload": workload}
 
-    def _new_plan(self, kind: BatchKind) -> MemoryPlan:
+    def _hold_alike(self, plan: MemoryPlan) -> None:
+        """Have all plans hold as many layers' weights as the one that holds fewest."""
+        if plan.step is None:
+            return
+        held = plan.step.held_layers
+        self._most_held = held if self._most_held is None else min(held, self._most_held)
+        self.plans = {k: p.holding_at_most(self._most_held) for k, p in self.plans.items()}
+
+    def _new_plan(self, kind: BatchKind, held_bytes: int) -> MemoryPlan:
         settings = replace(self.workload.settings, has_gradients=kind.has_gradients)
         workload = replace(
             self.workload,
@@ -167,6 +183,7 @@ class ActivationRuntime:
             settings=settings,
         )
         machine = self._machine(workload)
+        machine = replace(machine, other_bytes=max(0, machine.other_bytes - held_bytes))
         budget_bytes = int(machine.budget_bytes * self.share)
         host_bytes = machine.host_bytes if self._can_offload else 0
         machine = replace(machine, budget_bytes=budget_bytes, host_bytes=host_bytes)
@@ -183,7 +200,7 @@ class ActivationRuntime:
         if plan.step is not None and plan.step.batch.settings.embedding == "host":
             self._send_embedding()
         if plan.step is not None and any(plan.step.offload):
-            plan = self._with_host_memory(plan, kind)
+            plan = self._with_host_memory(plan, kind, held_bytes)
         if not self.plans:
             self.say(plan.sentence())
         return plan
@@ -195,7 +212,7 @@ class ActivationRuntime:
             self._move_embedding()
             self.workload = replace(self.workload, settings=replace(settings, embedding="host"))
 
-    def _with_host_memory(self, plan: MemoryPlan, kind: BatchKind) -> MemoryPlan:
+    def _with_host_memory(self, plan: MemoryPlan, kind: BatchKind, held_bytes: int) -> MemoryPlan:
         """The plan, or one without offloading if the host gives no page-locked memory."""
         assert plan.step is not None
         if self._lane is None:
@@ -205,5 +222,5 @@ class ActivationRuntime:
         except HostMemoryRefused as error:
             self._can_offload, self._lane = False, None
             self.say(f"nothing is offloaded to the host: {error}")
-            return self._new_plan(kind)
+            return self._new_plan(kind, held_bytes)
         return plan

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from functools import cached_property
 
+from colab_qlora.activations.held_weights import held_layer_bytes
 from colab_qlora.activations.phase_costs import Moment
 from colab_qlora.activations.plan import Plan
 from colab_qlora.activations.recording import can_record, may_record
@@ -22,6 +23,7 @@ class StepPlan:
         plan: by classes of tensors (`saved_classes.CLASSES`), from the first layer to the last.
         moments: of each phase of the step its worst moment, as `phase_costs.step_moments`.
         other_bytes: GPU memory that belongs to something else, part of the peak.
+        held_layers: the first so many layers' weights stay decoded.
     """
 
     batch: Batch
@@ -29,11 +31,18 @@ class StepPlan:
     plan: Plan
     moments: dict[str, Moment]
     other_bytes: int = 0
+    held_layers: int = 0
 
     @property
     def peak_bytes(self) -> int:
         """What torch.cuda.max_memory_allocated will show."""
-        return self.peak.bytes + self.other_bytes
+        return self.peak.bytes + self.other_bytes + self.held_bytes
+
+    @property
+    def held_bytes(self) -> int:
+        """Of decoded weights that stay, part of the peak."""
+        batch = self.batch
+        return self.held_layers * held_layer_bytes(batch.shape, batch.rank, batch.settings)
 
     @property
     def peak(self) -> Moment:
@@ -68,13 +77,18 @@ class StepPlan:
     @property
     def step_s(self) -> float:
         """Predicted seconds of one micro-batch with the optimiser's step, layers as ever."""
-        seconds = self.batch.step_s(self.plan.recompute, offloaded=self.plan.offload)
+        seconds = self.batch.step_s(
+            self.plan.recompute, offloaded=self.plan.offload, held_layers=self.held_layers
+        )
         return seconds + self.plan.exposed_s + self.plan.setting_s
 
     @property
     def recorded_s(self) -> float:
         """The same with recorded layers (`recording.py`)."""
-        return self.batch.step_s(self.plan.recompute, is_recorded=True) + self.plan.setting_s
+        seconds = self.batch.step_s(
+            self.plan.recompute, is_recorded=True, held_layers=self.held_layers
+        )
+        return seconds + self.plan.setting_s
 
     def seconds_with(self, budget_bytes: int) -> float:
         """Predicted seconds where so much memory may be used: recorded, if there is room for it."""

@@ -2,8 +2,9 @@
 
     a layer forward   = GEMMs / rate + attention / rate + (decoded + element-wise bytes) / rates
     a layer backward  = the same with 2.5 times the attention, and what the plan recomputes
-    the step          = the larger of that on the GPU, with the gaps between its kernels, and what
-                        the host needs to start it all
+    the step          = the larger of that on the GPU, with the gaps between its kernels and what
+                        the host does before the first layer, and what the host needs to start it
+                        all, with the optimiser on the GPU after that
 
 GEMMs of few tokens are bound by reading their weights, which counts as element-wise bytes. The
 head meets labelled rows only, forward and backward together. The optimiser reads and writes its
@@ -34,6 +35,10 @@ OFFLOAD_LAUNCHES = 0.4
 # of Llama-3.2-1B's shapes and 2 x 512 tokens took 15.6 and 16.0 ms, their 981 kernels 13.6
 # (results/train_step_1b.json)
 LAYER_KERNELS, RECOMPUTED_KERNELS, KERNEL_GAP_S = 63, 51, 2.2e-6
+# share of what the host does beside the layers that comes before the first of them: an assumption,
+# with which nine steps of an H200 are predicted 0 to 6 % short and two 5 % long
+# (results/planner_*.json), and a tenth, which waits for its host, 13 %
+START_SHARE = 0.3
 # an assumption: rows of a table that the host gathers into page-locked memory
 HOST_GATHER_BYTES_PER_S = 4e9
 # backward of attention: five products of the forward's size in place of two
@@ -126,6 +131,17 @@ class Batch:
         return flops / self.profile.gemm_flops_per_s + self._move_s(moved)
 
     @functools.cached_property
+    def held_s(self) -> float:
+        """What a layer saves whose weights stay decoded, and only their borders are written."""
+        shape, decode_s, borders = self.shape, 0.0, 0
+        for group, names in shape.groups.items():
+            inner = shape.linear(names[0])[0]
+            outer = sum(shape.linear(name)[1] for name in names)
+            decode_s += self._decode_s(inner * outer)
+            borders += self.settings.spare(shape, self.rank, group) * (inner + outer)
+        return max(0.0, 2 * (decode_s - self._move_s(borders * self.settings.itemsize)))
+
+    @functools.cached_property
     def host_embedding_s(self) -> float:
         """To gather a micro-batch's rows of the embedding on the host and send them over."""
         moved = self._row * self.shape.hidden
@@ -146,16 +162,18 @@ class Batch:
         *,
         offloaded: Sequence[frozenset[str]] = (),
         is_recorded: bool = False,
+        held_layers: int = 0,
     ) -> float:
         """Seconds of a step whose layers recompute these classes, without exposed copies.
 
         Args:
             offloaded: the classes that each layer offloads, where any does.
             is_recorded: the layers run as CUDA graphs.
+            held_layers: layers whose weights stay decoded.
         """
         gpu_s = self.shape.layers * (self.forward_s + self.backward_s)
         gpu_s += sum(self.recompute_s[name] for names in recomputed for name in names)
-        gpu_s += self.head_s + self.optimizer_s
+        gpu_s += self.head_s + self.optimizer_s - held_layers * self.held_s
         host_s = self.profile.step_launch_s
         for names in recomputed:
             share = len(names) / len(self.recompute_s)
@@ -164,7 +182,8 @@ class Batch:
             host_s += self.profile.layer_launch_s * launches
         moving = sum(len(names) / len(self.recompute_s) for names in offloaded)
         host_s += self.profile.layer_launch_s * OFFLOAD_LAUNCHES * moving
-        return max(gpu_s, host_s)
+        gpu_s += START_SHARE * self.profile.step_launch_s
+        return max(gpu_s, host_s + self.optimizer_s)
 
     @property
     def _attention_slowdown(self) -> float:

@@ -18,9 +18,11 @@ from colab_qlora.kernels.lora_borders import Border, lora_borders_
 from colab_qlora.kernels.mixed_group import mixed_group_
 from colab_qlora.kernels.nf4_group import nf4_group_
 from colab_qlora.kernels.nf4_many import nf4_dequantize_many
+from colab_qlora.layers.held_weights import HeldGroup, HoldKey, is_recording
 from colab_qlora.layers.linear import LinearPart, LoraBlock
 from colab_qlora.layers.scratch import Scratch
 from colab_qlora.layers.span import Span
+from colab_qlora.layers.standing import BaseTensors, Signature
 
 # a buffer that grows moves, and its launches are of no use any more
 MOST_LAUNCHES = 16
@@ -76,7 +78,11 @@ def decode_weights(
 
 
 class GroupDecoder:
-    """Fills scratch buffers with spans of one group's weights, and knows what they hold."""
+    """Fills buffers with spans of one group's weights, and knows what they hold.
+
+    Args:
+        hold_key: the group's name in `scratch.held`; None: it is decoded into scratch memory.
+    """
 
     def __init__(
         self,
@@ -85,6 +91,7 @@ class GroupDecoder:
         blocks: Sequence[tuple[int, int, LoraBlock]],
         scratch: Scratch,
         slot: str,
+        hold_key: HoldKey | None = None,
     ) -> None:
         self._parts = parts
         self._rows = rows
@@ -92,6 +99,7 @@ class GroupDecoder:
         self._width = parts[0].in_features
         self._scratch = scratch
         self._slot = slot
+        self._hold_key, self._base = hold_key, BaseTensors(parts)
         self._launches: dict[object, tuple[Launch, ...]] = {}
 
     def decoded(self, span: Span, like: torch.Tensor, spare: int, *, is_backward: bool) -> Decoded:
@@ -99,6 +107,9 @@ class GroupDecoder:
 
         Blocks with dropout have no A here: what they see of the input is not what the others see.
         """
+        held = self._held(span, like, spare, is_backward=is_backward)
+        if held is not None:
+            return held
         scratch, dtype, device = self._scratch, like.dtype, like.device
         slot = self._slot if span.parts else "lora_a"
         height = span.last_row - span.first_row
@@ -120,6 +131,49 @@ class GroupDecoder:
         )
         self._fill(span, views.buffer, height, is_backward)
         scratch.label(slot, (weights, borders))
+        return views
+
+    def is_held_stale(self) -> bool:
+        """True if the group's weights should be held, and those that are there are not these."""
+        store = self._scratch.held
+        if self._hold_key is None or not store.holds(self._hold_key):
+            return False
+        held = store.find(self._hold_key)
+        if held is None or held.signature is None:
+            return True
+        return not held.signature.holds(self._base.now())
+
+    def held_now(self) -> Signature | None:
+        """The signature of the weights that are held, as they were decoded; None if none are."""
+        if self._hold_key is None:
+            return None
+        held = self._scratch.held.find(self._hold_key)
+        return None if held is None else held.signature
+
+    def _held(
+        self, span: Span, like: torch.Tensor, spare: int, *, is_backward: bool
+    ) -> Decoded | None:
+        """As `decoded`, of a group that is held; None if it is not."""
+        if self._hold_key is None or len(span.parts) != len(self._parts):
+            return None
+        store, height = self._scratch.held, span.last_row - span.first_row
+        shape = (height + spare, self._width + spare)
+        held: HeldGroup | None = store.group(
+            self._hold_key, shape, like, lambda buffer: _views(buffer, height, spare)
+        )
+        if held is None:
+            return None
+        tensors = self._base.now()
+        if held.signature is None or not held.signature.holds(tensors):
+            if is_recording(like):
+                return None
+            held.signature = None
+            self._fill(span, held.buffer, height, is_backward)
+            held.signature = Signature(tensors)
+        elif held.borders != (store.passes, is_backward) and spare:
+            self._fill_borders(span, held.buffer, height, is_backward)
+        held.borders = (store.passes, is_backward)
+        views: Decoded = held.views
         return views
 
     def _fill(self, span: Span, buffer: torch.Tensor, height: int, is_backward: bool) -> None:

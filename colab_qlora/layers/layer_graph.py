@@ -10,6 +10,7 @@ all layers share, and are copied out of it at once, together.
 
 from __future__ import annotations
 
+import operator
 import weakref
 from dataclasses import dataclass, replace
 from typing import Any
@@ -24,6 +25,7 @@ from colab_qlora.layers.graph_recorder import Recorder, Recording
 from colab_qlora.layers.layer_parts import LayerParts, Pass
 from colab_qlora.layers.saved import SavedTensors
 from colab_qlora.layers.scratch import Scratch, Wide, new_rows, wide_of
+from colab_qlora.layers.standing import BaseTensors, Signature, addresses
 
 
 class ShapeMemory:
@@ -165,7 +167,7 @@ class LayerGraph:
     ) -> None:
         self.parts, self.tables, self.needs_dx = parts, tables, needs_dx
         self.trainable = parts.trainable()
-        self.addresses = addresses_of(parts)
+        self.standing = Standing(parts)
         self._run, self._saved, self._memory = run, saved, memory
         self._side, self._is_first, self._is_last = side, is_first, is_last
         self._lead = run.lead
@@ -270,16 +272,33 @@ def _numbers_of(attention: AttentionShape) -> tuple[Any, ...]:
     return (*lengths, a.scale, a.causal, a.window, a.cap, a.packed, a.mask is None)
 
 
-def addresses_of(parts: LayerParts) -> tuple[int, ...]:
-    """Where everything stands that a layer's kernels read besides its input."""
-    found: list[int] = [norm.weight.data_ptr() for norm in parts.norms()]
-    # bitsandbytes' weights are a subclass of torch's that would be asked at every look
-    with torch._C.DisableTorchFunctionSubclass():
-        for group in parts.groups():
-            for part in group.parts:
-                found += part.addresses()
-                if part.bias is not None:
-                    found.append(part.bias.data_ptr())
-            for _, _, block in group.blocks:
-                found += (block.a.data_ptr(), block.b.data_ptr())
-    return tuple(found)
+class Standing:
+    """Where everything stands that a layer's kernels read besides its input.
+
+    Args:
+        parts: of the layer, as the recorded pass reads them.
+    """
+
+    def __init__(self, parts: LayerParts) -> None:
+        self._groups = parts.groups()
+        linears = [part for group in self._groups for part in group.parts]
+        self._base = BaseTensors(linears)
+        self._others: list[torch.Tensor] = [norm.weight for norm in parts.norms()]
+        self._others += [part.bias for part in linears if part.bias is not None]
+        for group in self._groups:
+            self._others += [x for _, _, block in group.blocks for x in (block.a, block.b)]
+        base = self._base.now()
+        self._signature, self._addresses = Signature(base), addresses(self._others)
+        # a recorded pass only adds borders to decoded weights that are held
+        self._held = self._held_now()
+
+    def holds(self) -> bool:
+        """True if nothing has moved, and held weights are those that were decoded then."""
+        return (
+            self._addresses == addresses(self._others)
+            and self._signature.holds(self._base.now())
+            and all(map(operator.is_, self._held, self._held_now()))
+        )
+
+    def _held_now(self) -> list[Signature | None]:
+        return [group.held_now() for group in self._groups]

@@ -28,11 +28,13 @@ import torch
 from colab_qlora.layers.decode import GroupDecoder
 from colab_qlora.layers.gemm import accumulate, multiply_into, parameter_gradient
 from colab_qlora.layers.gradients import Gradients
+from colab_qlora.layers.held_weights import HoldKey
 from colab_qlora.layers.linear import LinearPart, LoraBlock
 from colab_qlora.layers.lora_dropout import drop, dropped_gradient_
 from colab_qlora.layers.module_call import ModuleCall
 from colab_qlora.layers.scratch import Scratch, Wide
 from colab_qlora.layers.span import Span, spans_of
+from colab_qlora.layers.standing import Signature
 
 # GEMM tiles on tensor cores are 64 deep: fewer spare columns would cost the same. On a CPU rows
 # then start at cache lines; where they do not, MKL sums in an order that depends on their stride,
@@ -57,6 +59,7 @@ class LinearGroup:
         scratch: where weights are decoded and inputs are widened.
         slot: name of the weight's buffer; groups of the same slot overwrite each other's.
         max_weight_bytes: decode at most this much at a time, but never less than one linear.
+        hold_key: the group's name in `scratch.held`, if its decoded weight may stay.
     """
 
     def __init__(
@@ -65,6 +68,7 @@ class LinearGroup:
         scratch: Scratch,
         slot: str = "weight",
         max_weight_bytes: int | None = None,
+        hold_key: HoldKey | None = None,
     ) -> None:
         self.parts = tuple(parts)
         self.scratch = scratch
@@ -82,9 +86,19 @@ class LinearGroup:
                 column += block.rank
         self.rank = column
         self.has_modules = any(part.kind == "module" for part in self.parts)
-        self._decoder = GroupDecoder(self.parts, self.rows, self.blocks, scratch, slot)
+        if self.has_modules:  # parts of the group are never decoded
+            hold_key = None
+        self._decoder = GroupDecoder(self.parts, self.rows, self.blocks, scratch, slot, hold_key)
         self._spans_by: dict[Any, list[Span]] = {}
         self._trainable = list({id(p): p for q in self.parts for p in q.trainable()}.values())
+
+    def is_held_stale(self) -> bool:
+        """True if the decoded weight that should be held is missing, or that of another weight."""
+        return self._decoder.is_held_stale()
+
+    def held_now(self) -> Signature | None:
+        """What stands for the decoded weight that is held; None if none is."""
+        return self._decoder.held_now()
 
     def spare_columns(self, device: torch.device) -> int:
         """Columns beside the input or the output gradient that the rank-r products need."""

@@ -14,6 +14,7 @@ from typing import Any, NamedTuple, TypeVar
 import torch
 
 from colab_qlora.kernels.weight_products import hide_from_products
+from colab_qlora.layers.held_weights import HeldWeights
 
 T = TypeVar("T")
 
@@ -42,9 +43,14 @@ def new_rows(like: torch.Tensor, shape: tuple[int, int]) -> torch.Tensor:
 
 
 class Scratch:
-    """Named buffers of one model; what a slot holds is undefined when it is asked for."""
+    """Named buffers of one model; what a slot holds is undefined when it is asked for.
+
+    Attributes:
+        held: decoded weights that stay, where a plan says so: they are not free after a pass.
+    """
 
     def __init__(self) -> None:
+        self.held = HeldWeights()
         self._slots: dict[tuple[str, torch.dtype, torch.device], torch.Tensor] = {}
         self._contents: dict[str, Hashable] = {}
         # views cost the host a few microseconds each, and every layer asks for the same ones
@@ -142,9 +148,10 @@ class Scratch:
     def forget_contents(self) -> None:
         """Trust no slot's content any more: weights may have changed since."""
         self._contents.clear()
+        self.held.passes += 1
 
     def free(self) -> None:
-        """Give all memory back (evaluation, or after running out of memory)."""
+        """Give all memory of the slots back (evaluation, or after running out of memory)."""
         self._slots.clear()
         self._contents.clear()
         self._views.clear()

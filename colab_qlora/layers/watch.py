@@ -8,11 +8,13 @@ and looks only whether they still do: a few microseconds.
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Sized
 from typing import Any
 
 import torch
 
+_FLAGS = operator.attrgetter("requires_grad", "dtype")
 _HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
 
 
@@ -20,41 +22,44 @@ class Watch:
     """Places in the dictionaries of modules, and what was found there."""
 
     def __init__(self) -> None:
-        self._same: list[tuple[dict[str, Any], str, Any]] = []
+        # entries of dictionaries: places, names and what was found, as long as each other
+        self._places: list[dict[str, Any]] = []
+        self._names: list[str] = []
+        self._found: list[Any] = []
         self._empty: list[Sized] = []
         self._filled: list[tuple[dict[Any, Any], list[Any]]] = []
         self._lists: list[tuple[list[Any], list[Any]]] = []
-        self._tensors: list[tuple[torch.Tensor, bool, torch.dtype]] = []
-        self._kinds: list[tuple[Any, type]] = []
+        self._tensors: list[torch.Tensor] = []
+        self._flags: list[tuple[bool, torch.dtype]] = []
+        self._things: list[Any] = []
+        self._kinds: list[type] = []
 
     def holds(self) -> bool:
         """True if everything is as it was when it was added."""
-        # hooks are the most, and all of them are looked at in one call
-        if any(self._empty):
-            return False
-        for place, name, expected in self._same:
-            if place.get(name) is not expected:
-                return False
-        for tensor, requires_grad, dtype in self._tensors:
-            if tensor.requires_grad is not requires_grad or tensor.dtype is not dtype:
-                return False
-        for thing, kind in self._kinds:
-            if type(thing) is not kind:
-                return False
-        if any(now != before for now, before in self._lists):
-            return False
-        return all(list(now.values()) == before for now, before in self._filled)
+        # 300 looks a layer and pass: the loops run inside of Python's own functions
+        # bitsandbytes' weights are a subclass of torch's that would be asked at every look
+        with torch._C.DisableTorchFunctionSubclass():
+            return (
+                not any(self._empty)
+                and all(map(operator.is_, map(dict.get, self._places, self._names), self._found))
+                and all(map(operator.is_, map(type, self._things), self._kinds))
+                and list(map(_FLAGS, self._tensors)) == self._flags
+                and all(now == before for now, before in self._lists)
+                and all(list(now.values()) == before for now, before in self._filled)
+            )
 
     def attribute(self, thing: Any, *names: str) -> None:
         """Attributes of a module or another plain object, in its own dictionary or absent there."""
         own = thing.__dict__
         for name in names:
-            self._same.append((own, name, own.get(name)))
+            self.item(own, name)
 
     def item(self, place: dict[str, Any], name: str) -> Any:
         """An entry of a dictionary, or its absence; returns it."""
         found = place.get(name)
-        self._same.append((place, name, found))
+        self._places.append(place)
+        self._names.append(name)
+        self._found.append(found)
         return found
 
     def contents(self, found: list[Any]) -> None:
@@ -64,11 +69,13 @@ class Watch:
     def tensor(self, tensor: torch.Tensor | None) -> None:
         """Whether it wants a gradient, and its dtype; its address is nobody's business here."""
         if tensor is not None:
-            self._tensors.append((tensor, tensor.requires_grad, tensor.dtype))
+            self._tensors.append(tensor)
+            self._flags.append(_FLAGS(tensor))
 
     def module(self, module: torch.nn.Module) -> None:
         """Its class, its forward and its hooks."""
-        self._kinds.append((module, type(module)))
+        self._things.append(module)
+        self._kinds.append(type(module))
         self.attribute(module, "forward")
         for name in _HOOKS:
             hooks = module.__dict__[name]

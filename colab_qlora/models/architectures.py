@@ -135,7 +135,12 @@ def largest_linear_bytes(layer: Any) -> int:
 
 
 def read_layer(
-    layer: Any, scratch: Scratch, max_weight_bytes: int | None = None, *, holds_gate_up: bool = True
+    layer: Any,
+    scratch: Scratch,
+    max_weight_bytes: int | None = None,
+    *,
+    holds_gate_up: bool = True,
+    held_number: int | None = None,
 ) -> LayerParts:
     """A decoder layer's parts as they are now.
 
@@ -143,6 +148,7 @@ def read_layer(
         max_weight_bytes: decode at most this much of a group at a time.
         holds_gate_up: give gate and up a buffer of their own, so that the backward pass decodes
             them once for both of their uses.
+        held_number: the layer's number in `scratch.held`, if its decoded weights may stay.
     """
     attention, family = layer.self_attn, known_family(layer)
     found = layer_linears(layer)
@@ -152,6 +158,7 @@ def read_layer(
             scratch,
             "weight_gate_up" if name == "gate_up" and holds_gate_up else "weight",
             max_weight_bytes,
+            None if held_number is None else (held_number, name),
         )
         for name, linears in found.items()
     }

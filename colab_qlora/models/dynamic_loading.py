@@ -230,9 +230,11 @@ def _spare_bytes(model: Any, max_seq_length: int) -> int:
     plan = plan_memory(model, AUTO_BATCH_SIZE, max_seq_length)
     if plan.error is not None or plan.step is None:
         return 0
-    if any(plan.step.offload) or plan.step.plan.recompute:
+    if any(plan.step.offload) or any(plan.step.plan.recompute):
         return 0
-    return max(0, plan.machine.budget_bytes - plan.step.peak_bytes)
+    # precision is worth more than weights that need not be decoded
+    needed = plan.step.peak_bytes - plan.step.held_bytes
+    return max(0, plan.machine.budget_bytes - needed)
 
 
 def _say(line: str) -> None:

@@ -44,6 +44,7 @@ class LayerChoice:
         plan: names of the tensors that it stores, wherever.
         mlp_tokens, max_weight_bytes, holds_gate_up: as in `FusedState`.
         number: the layer's number if a plan of the whole step says where it stores them, else None.
+        holds_weights: its decoded weights stay from pass to pass.
     """
 
     plan: frozenset[str]
@@ -51,6 +52,7 @@ class LayerChoice:
     max_weight_bytes: int | None
     holds_gate_up: bool
     number: int | None = None
+    holds_weights: bool = False
 
     @property
     def is_short(self) -> bool:
@@ -124,7 +126,9 @@ class FusedState:
         if runtime.current is None:
             if not self.graphs.is_on:
                 runtime.layers_are_not_recorded()
-            runtime.plan_of(_kind_of(layer, hidden, mask))
+            held = self.scratch.held
+            planned = runtime.plan_of(_kind_of(layer, hidden, mask), held.bytes_held())
+            held.hold(planned.step.held_layers if planned.step else 0)
         assert runtime.current is not None
         assert runtime.current.step is not None
         step = runtime.current.step
@@ -135,6 +139,7 @@ class FusedState:
             settings.max_weight_bytes,
             settings.holds_gate_up,
             number,
+            number < step.held_layers,
         )
 
     def store_for(self, choice: LayerChoice) -> SavedTensors:
@@ -152,7 +157,8 @@ class FusedState:
 
     def reading_of(self, layer: Any, choice: LayerChoice) -> tuple[str, LayerParts | None]:
         """Why the layer has to take the model's own code now, or its parts as they are now."""
-        settings = (choice.max_weight_bytes, choice.holds_gate_up, choice.is_short)
+        held = choice.number if choice.holds_weights else None
+        settings = (choice.max_weight_bytes, choice.holds_gate_up, choice.is_short, held)
         known = self._readings.get(layer, [])
         for reading in known:
             if reading[0] == settings and reading[1].holds():
@@ -217,12 +223,14 @@ class FusedState:
         """Let go of all that was read of the model, so that a replaced weight is freed at once."""
         self.new_batch()
         self.graphs.clear()
+        self.scratch.held.free()
         self._readings.clear()
 
     def free(self) -> None:
         """Give back all memory that is kept from one pass to the next."""
         self.graphs.clear()
         self.scratch.free()
+        self.scratch.held.free()
 
     def new_batch(self) -> None:
         """Let the last batch's shape and masks go."""
@@ -268,7 +276,13 @@ def read_chosen(layer: Any, choice: LayerChoice, scratch: Scratch) -> LayerParts
     budget = choice.max_weight_bytes
     if budget is None and choice.is_short and not choice.holds_gate_up:
         budget = largest_linear_bytes(layer)
-    return read_layer(layer, scratch, budget, holds_gate_up=choice.holds_gate_up)
+    return read_layer(
+        layer,
+        scratch,
+        budget,
+        holds_gate_up=choice.holds_gate_up,
+        held_number=choice.number if choice.holds_weights else None,
+    )
 
 
 def fused_state(module: Any) -> FusedState | None:

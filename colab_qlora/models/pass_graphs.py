@@ -22,7 +22,7 @@ from typing import Any
 import torch
 
 from colab_qlora.layers.graph_recorder import Recorder
-from colab_qlora.layers.layer_graph import FixedTables, LayerGraph, addresses_of
+from colab_qlora.layers.layer_graph import FixedTables, LayerGraph
 from colab_qlora.models.kept_recordings import KeptRecordings
 from colab_qlora.models.pass_parts import (
     Flight,
@@ -32,7 +32,7 @@ from colab_qlora.models.pass_parts import (
     is_of_one_batch,
     why_not_recorded,
 )
-from colab_qlora.models.pass_sights import PassSights, Sight
+from colab_qlora.models.pass_sights import HOST_SHARE, SAVING_HOST_SHARE, PassSights, Sight
 
 # times that a shape is recorded, as long as none of its recordings has served so many passes
 MOST_TIMES, PAID_OFF = 3, 10
@@ -159,7 +159,7 @@ class PassGraphs:
                 self._sights.forgive_times(key)
             return
         sight = self._sights.of(key)
-        if sight.count >= 3 and self._is_worth_it(sight, room):
+        if sight.count >= 3 and self._is_worth_it(sight, room, saves_memory=layer.saves_memory):
             sight.times_recorded += 1
             try:
                 self._take_off(self._recorded.new(key))
@@ -198,13 +198,13 @@ class PassGraphs:
         self._now, self._token = found, Flight()
         self._flight = weakref.ref(self._token)
 
-    def _is_worth_it(self, sight: Sight, room: Callable[[], Room]) -> bool:
+    def _is_worth_it(self, sight: Sight, room: Callable[[], Room], *, saves_memory: bool) -> bool:
         """Whether to record a shape now; what would be in the way of its memory is let go."""
         if sight.times_recorded >= MOST_TIMES or not self._recorded.has_place():
             return False
         if self.always or sight.is_refused:
             return self.always
-        if not sight.waits_for_host():
+        if not sight.waits_for_host(SAVING_HOST_SHARE if saves_memory else HOST_SHARE):
             return False
         # what passes that run as ever leave behind, recordings cannot use
         self.free_scratch()
@@ -223,11 +223,15 @@ class PassGraphs:
             and graph.attends_as(layer.run.attention)
             and choice == layer.choice
             and graph.needs_dx == layer.hidden.requires_grad
-            and graph.addresses == addresses_of(layer.parts)
+            and graph.standing.holds()
         )
 
     def _record(self, now: Recorded, layer: LayerPass, tables: FixedTables) -> LayerGraph | None:
         if why_not_recorded(layer.parts, layer.run.attention):
+            return None
+        if any(group.is_held_stale() for group in layer.parts.groups()):
+            # this pass decodes the weights that shall stay, and the next one is recorded
+            now.is_stale = True
             return None
         memory, hidden = now.memory, layer.hidden
         run = replace(

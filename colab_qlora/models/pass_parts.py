@@ -47,6 +47,7 @@ class LayerPass:
         read_again: the parts once more, on another scratch memory.
         kind: of its rotation tables and masks: alike in layers of a kind.
         is_watched: whether somebody sees what goes from one of the model's layers to the next.
+        saves_memory: layers recompute because somebody said so, and no plan knows what is free.
     """
 
     number: int
@@ -60,6 +61,7 @@ class LayerPass:
     read_again: Callable[[Any], LayerParts]
     kind: tuple[Any, ...]
     is_watched: Callable[[], bool]
+    saves_memory: bool = False
 
 
 @dataclass

@@ -17,6 +17,9 @@ from colab_qlora.models.pass_parts import Key, Room
 # the host's share of the forward pass's time from which a shape is recorded: below it the GPU is
 # never kept waiting
 HOST_SHARE = 0.5
+# the same where full checkpointing was asked for: a recording takes memory (0.24 GiB of an 8B's
+# 2 x 2048 tokens), so the GPU has to wait for certain
+SAVING_HOST_SHARE = 1.0
 # shapes that are remembered; times that a shape has come until when its time is taken, which fails
 # where the last layer runs the model's own code
 MOST_SEEN, LAST_LOOK = 512, 5
@@ -37,12 +40,12 @@ class Sight:
     times_recorded: int = 0
     is_refused: bool = False
 
-    def waits_for_host(self) -> bool:
-        """True if the host needed most of the time that the GPU was at it."""
+    def waits_for_host(self, share: float = HOST_SHARE) -> bool:
+        """True if the host needed this share of the time that the GPU was at it."""
         if self.events is None or not all(event.query() for event in self.events):
             return False
         gpu_s = self.events[0].elapsed_time(self.events[1]) / 1e3
-        return self.host_s >= HOST_SHARE * gpu_s
+        return self.host_s >= share * gpu_s
 
     def fits(self, room: Room, idle: int, owned: int) -> bool:
         """True if a recording fits beside everything else.

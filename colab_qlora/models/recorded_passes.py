@@ -12,6 +12,7 @@ from colab_qlora.activations.recording import recording_bytes
 from colab_qlora.layers.layer_graph import LayerGraph
 from colab_qlora.layers.layer_parts import LayerParts, Pass
 from colab_qlora.layers.saved import SavedTensors
+from colab_qlora.layers.scratch import Scratch
 from colab_qlora.models.fused_state import LAYER_NUMBER, FusedState, LayerChoice, read_chosen
 from colab_qlora.models.pass_parts import LayerPass, Room
 
@@ -46,7 +47,9 @@ def layer_pass(
     if not learns or _is_hooked(layer) or (step and any(step.offload)):
         return None
     # that of a whole step leaves open what layers do in between
-    how = (choice.mlp_tokens, choice.max_weight_bytes, choice.holds_gate_up)
+    how: tuple[Any, ...] = (choice.mlp_tokens, choice.max_weight_bytes, choice.holds_gate_up)
+    if step is not None:
+        how = (*how, step.held_layers)
     return LayerPass(
         number=number,
         is_last=number == state.layer_count - 1,
@@ -56,10 +59,17 @@ def layer_pass(
         store=lambda: SavedTensors(choice.plan),
         choice=choice,
         plan=choice if step is None else (step.stored, *how),
-        read_again=lambda scratch: read_chosen(layer, choice, scratch),
+        read_again=lambda scratch: _read_again(state, layer, choice, scratch),
         kind=(run.cos.shape, parts.window, parts.uses_rope),
         is_watched=lambda: _is_watched(layers.values()),
+        saves_memory=step is None and choice.is_short,
     )
+
+
+def _read_again(state: FusedState, layer: Any, choice: LayerChoice, scratch: Scratch) -> LayerParts:
+    """The layer's parts on other scratch memory; weights that are held are the same."""
+    scratch.held = state.scratch.held
+    return read_chosen(layer, choice, scratch)
 
 
 def room_of(state: FusedState) -> Room:

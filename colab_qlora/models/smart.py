@@ -115,30 +115,33 @@ def stop_planning(model: Any) -> None:
 
 
 def free_recordings(model: Any, *, only_if_short: bool = False) -> None:
-    """Let recorded passes go, with the GPU memory that nothing else can use meanwhile.
+    """Let recorded passes and decoded weights go, whose memory nothing else can use meanwhile.
 
     Args:
         only_if_short: not where as much memory is free beside it.
     """
     state = state_of(model)
-    if state is None or not state.graphs.shapes:
+    held = state.scratch.held if state is not None else None
+    if state is None or held is None or not (state.graphs.shapes or held.bytes_held()):
         return
     # the model need not be on the current device
     device = model_device(model)
     with torch.cuda.device(device) if device.type == "cuda" else contextlib.nullcontext():
-        if only_if_short and _has_room_beside(state.graphs.idle_bytes()):
+        idle = state.graphs.idle_bytes()
+        if only_if_short and _has_room_beside(idle, held.bytes_held()):
             return
         state.graphs.clear()
+        held.free()
         if torch.cuda.is_available():
             torch.cuda.empty_cache()
 
 
-def _has_room_beside(idle_bytes: int) -> bool:
-    if not idle_bytes:
+def _has_room_beside(idle_bytes: int, held_bytes: int) -> bool:
+    if not idle_bytes + held_bytes or not torch.cuda.is_available():
         return True
     cached = torch.cuda.memory_reserved() - torch.cuda.memory_allocated()
     # what torch's allocator has at hand counts as free, the recordings' own part of it aside
-    return torch.cuda.mem_get_info()[0] + cached - idle_bytes > idle_bytes
+    return torch.cuda.mem_get_info()[0] + cached - idle_bytes > idle_bytes + held_bytes
 
 
 def bring_embedding_back(model: Any) -> None:

@@ -87,7 +87,11 @@ def test_budgets_change_plans_and_no_gradient(family: str, dtype: torch.dtype) -
     want = gradients(model, inputs)
     step = runtime_of(model).current.step
     assert all(stored == stored_names(step.batch.shape, KEEP_ALL) for stored in step.stored)
-    whole, floor = step.peak_bytes / GIB, floor_gib(model, inputs)
+    floor = floor_gib(model, inputs)
+    # once more: what an earlier test has left on a GPU is gone by now
+    set_gradient_checkpointing(model, "smart")
+    gradients(model, inputs)
+    whole = runtime_of(model).current.step.peak_bytes / GIB
     assert floor < whole
     plans = set()
     slack = 1e-9 if DEVICE == "cpu" else 0.1 * (whole - floor)
@@ -99,7 +103,7 @@ def test_budgets_change_plans_and_no_gradient(family: str, dtype: torch.dtype) -
         assert found.peak_bytes <= budget * GIB + 1
         plans.add((found.stored, found.offload))
         settings = found.batch.settings
-        if settings.mlp_tokens >= 128 and settings.max_weight_bytes > 2**40:
+        if settings.mlp_tokens >= 64 * rows and settings.max_weight_bytes > 2**40:
             assert all(torch.equal(got[name], want[name]) for name in want)
         else:  # sums in another order
             rounding = 0.05 if dtype == torch.bfloat16 else 1e-5

@@ -77,7 +77,7 @@ def gpu(monkeypatch) -> Gpu:
     return made
 
 
-def layer_of(length: int = 8) -> Any:
+def layer_of(length: int = 8, *, saves_memory: bool = False) -> Any:
     """The only layer of a model, as `PassGraphs` looks at it while it decides."""
     hidden = SimpleNamespace(
         is_cuda=True, device=GPU, dtype=torch.float16, shape=torch.Size((1, length, 4))
@@ -90,14 +90,21 @@ def layer_of(length: int = 8) -> Any:
         run=SimpleNamespace(attention=SimpleNamespace(packed=False, mask=None)),
         plan="a plan",
         is_watched=lambda: False,
+        saves_memory=saves_memory,
     )
 
 
 def decide(
-    gpu: Gpu, graphs: PassGraphs, length: int = 8, room: Room = PLENTY, grown: int = 0
+    gpu: Gpu,
+    graphs: PassGraphs,
+    length: int = 8,
+    room: Room = PLENTY,
+    grown: int = 0,
+    *,
+    saves_memory: bool = False,
 ) -> bool:
     """One pass, whose layers keep `grown` bytes; True if they are recorded, now or before."""
-    layer = layer_of(length)
+    layer = layer_of(length, saves_memory=saves_memory)
     graphs._decide(layer, lambda: room)
     if graphs._now is not None:
         # as if its layers were recorded by now
@@ -118,6 +125,14 @@ def test_shapes_that_wait_for_the_host_are_recorded_at_the_third_pass(gpu, forwa
     # one pass is looked at, with the queue empty
     assert gpu.waits == 1
     assert graphs.shapes == [(1, 8, 4)] * is_recorded
+
+
+@pytest.mark.parametrize(("forward_ms", "is_recorded"), [(9, True), (11, False)])
+def test_full_checkpointing_is_recorded_if_the_gpu_waits_for_certain(gpu, forward_ms, is_recorded):
+    gpu.forward_ms = forward_ms
+    graphs = PassGraphs()
+    found = [decide(gpu, graphs, saves_memory=True) for _ in range(4)]
+    assert found == [False, False, is_recorded, is_recorded]
 
 
 def test_a_pass_is_timed_on_the_models_device(gpu):
