@@ -6,7 +6,10 @@ Adapters are trained over the rounded base and merged into the 16-bit weights. N
 on the eval rows, with the 16-bit model and the same adapters beside it as the truth:
 
     unmerged             truth || adapters over the rounded base: the quantisation error
-    merged               truth || merged: one rounding to the compute dtype
+    merged               truth || merged: one rounding of the weights to the compute dtype, both
+                         models computed in float32
+    merged as computed   the same with both computed in the compute dtype, which rounds every
+                         activation of two models that add in another order
     merged to unmerged   unmerged || merged: the quantisation error once more
 """
 
@@ -16,10 +19,17 @@ import argparse
 import tempfile
 from typing import Any
 
+import torch
+
 from benchmarks import record
 from benchmarks.quantization import LENGTH, train
 from benchmarks.quantization_methods import METHODS, Request
-from benchmarks.quantization_metrics import divergence, interval, predictions_of
+from benchmarks.quantization_metrics import (
+    Predictions,
+    divergence,
+    interval,
+    predictions_of,
+)
 from benchmarks.table import format_table
 from colab_qlora import FastLanguageModel
 from colab_qlora.data import format_chat, read_records
@@ -39,18 +49,23 @@ def measure(method: str, options: argparse.Namespace) -> dict[str, Any]:
     unmerged = predictions_of(built.model, batches)
     with tempfile.TemporaryDirectory() as folder:
         built.model.save_pretrained(folder)
-        truth_model, _ = FastLanguageModel.from_pretrained(
-            folder, LENGTH, options.dtype, load_in_4bit=False
-        )
-    truth = predictions_of(truth_model, batches)
-    del truth_model
-    merged = predictions_of(merge_16_bit(built.model), batches)
+        computed, exact = (_truth(folder, dtype, batches) for dtype in (options.dtype, "float32"))
+    merged_model = merge_16_bit(built.model)
+    rounded = predictions_of(merged_model, batches)
+    merged = predictions_of(merged_model.float(), batches)
     return {
         "method": method,
-        "unmerged": interval([divergence(truth, unmerged)[0]]),
-        "merged": interval([divergence(truth, merged)[0]]),
+        "unmerged": interval([divergence(exact, unmerged)[0]]),
+        "merged": interval([divergence(exact, merged)[0]]),
+        "merged_as_computed": interval([divergence(computed, rounded)[0]]),
         "merged_to_unmerged": interval([divergence(unmerged, merged)[0]]),
     }
+
+
+def _truth(folder: str, dtype: str | None, batches: list[dict[str, torch.Tensor]]) -> Predictions:
+    """Predictions of the 16-bit weights with the adapters of `folder` beside them."""
+    model, _ = FastLanguageModel.from_pretrained(folder, LENGTH, dtype, load_in_4bit=False)
+    return predictions_of(model, batches)
 
 
 def main() -> None:
@@ -67,7 +82,7 @@ def main() -> None:
     if options.dry:
         options.steps, options.batch, options.eval_rows = 1, 2, 2
     rows = [measure(method, options) for method in options.methods.split(",")]
-    names = ("unmerged", "merged", "merged_to_unmerged")
+    names = ("unmerged", "merged", "merged_as_computed", "merged_to_unmerged")
     cells = [[row["method"], *(_shown(row[name]) for name in names)] for row in rows]
     print(format_table(["method", *(name.replace("_", " ") for name in names)], cells))
     if not options.dry:

@@ -36,8 +36,8 @@ OFFLOAD_LAUNCHES = 0.4
 # (results/train_step_1b.json)
 LAYER_KERNELS, RECOMPUTED_KERNELS, KERNEL_GAP_S = 63, 51, 2.2e-6
 # share of what the host does beside the layers that comes before the first of them: an assumption,
-# with which nine steps of an H200 are predicted 0 to 6 % short and two 5 % long
-# (results/planner_*.json), and a tenth, which waits for its host, 13 %
+# with which 18 steps of an H200 are predicted 8 % short to 10 % long (results/planner_8b.json,
+# planner_8b_t4.json, planner_1b.json)
 START_SHARE = 0.3
 # an assumption: rows of a table that the host gathers into page-locked memory
 HOST_GATHER_BYTES_PER_S = 4e9

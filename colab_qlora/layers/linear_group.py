@@ -86,7 +86,9 @@ class LinearGroup:
                 column += block.rank
         self.rank = column
         self.has_modules = any(part.kind == "module" for part in self.parts)
-        if self.has_modules:  # parts of the group are never decoded
+        # modules are never decoded; and a merge writes into a dense weight's `data`, which no
+        # counter tells
+        if any(part.kind in ("module", "dense") for part in self.parts):
             hold_key = None
         self._decoder = GroupDecoder(self.parts, self.rows, self.blocks, scratch, slot, hold_key)
         self._spans_by: dict[Any, list[Span]] = {}

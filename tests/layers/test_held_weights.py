@@ -224,6 +224,20 @@ def test_a_linear_that_is_called_as_it_is_is_not_held() -> None:
     assert held.find((0, "o")) is not None
 
 
+def test_dense_weights_are_not_held() -> None:
+    model = quantised_model()
+    attention = model.get_base_model().model.layers[1].self_attn
+    dense = torch.nn.Linear(48, 48, bias=False, device=DEVICE)
+    attention.q_proj.base_layer = dense.requires_grad_(False)
+    held = holding(model, True)
+    gradients(model, batch())
+    assert held.find((1, "qkv")) is None
+    assert held.find((0, "qkv")) is not None
+    before = gradients(model, batch())
+    attention.q_proj.base_layer.weight.data += 0.5  # as PEFT merges
+    assert differing(gradients(model, batch()), before)
+
+
 def test_signatures() -> None:
     one, two = torch.zeros(3), torch.zeros(3)
     signed = Signature([one, two])
