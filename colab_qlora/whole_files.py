@@ -1,14 +1,17 @@
 """Files that appear together when all of them are written, or not at all.
 
-They are written into a hidden folder beside the target. Whatever stops it before its end (a full
-disk, an interrupt, a weight that cannot be read) removes that folder, and what the target held
-before, an adapter for instance, is as it was. Files are moved one by one at the end, and those
-moved are moved back on an error; only a kill in the midst of that leaves some new and some old.
+They are written into a hidden folder inside the target: on its disk also where the target is a link
+or a mount point, and with no other permission than the target's. Whatever stops it before its end
+(a full disk, an interrupt, a weight that cannot be read) removes that folder, and what the target
+held before, an adapter for instance, is as it was. Files are moved one by one at the end, and those
+moved are moved back on an error; only a kill in the midst of that leaves some new and some old. A
+kill before that leaves the hidden folder, which no check here takes for content.
 """
 
 from __future__ import annotations
 
 import os
+import re
 import shutil
 import uuid
 from collections.abc import Iterator
@@ -19,33 +22,62 @@ from pathlib import Path
 from colab_qlora.disk import check_space, readable_write_errors
 from colab_qlora.errors import UserError
 
+# what an upload leaves out, as fnmatch reads it
+PARTIAL_FILES = ".????????.partial/*"
+
+_PARTIAL = re.compile(r"\.[0-9a-f]{8}\.partial")
 _NO_ROOM = "Free some space, or choose a folder on another disk; nothing was written"
+_OR_OVERWRITE = "Choose another folder, or pass overwrite=True to replace this one by a whole one"
 # one of them is in every folder of a model or an adapter
 _OF_AN_EXPORT = ("config.json", "adapter_config.json")
 
 
-def check_new(folder: str | PathLike[str]) -> Path:
+def hidden_folder(parent: Path) -> Path:
+    """A new name in `parent`, of 17 characters whatever is written there; nothing is made."""
+    return parent / f".{uuid.uuid4().hex[:8]}.partial"
+
+
+def check_new(folder: str | PathLike[str], do: str = _OR_OVERWRITE) -> Path:
     """The folder as a path.
 
+    Args:
+        folder: is not there, or empty but for hidden folders that a kill left.
+        do: the next step, for the message.
+
     Raises:
-        UserError: it is a file, or holds something.
+        UserError: it is a file, or holds something; or it cannot be looked at.
     """
     target = Path(folder).expanduser()
-    inside = sorted(entry.name for entry in target.iterdir()) if target.is_dir() else []
-    if inside or (target.exists() and not target.is_dir()):
-        names = ", ".join(inside[:6]) + (", ..." if len(inside) > 6 else "")
+    with readable_write_errors(target):
+        inside = _content(target)
+        is_file = target.exists() and not target.is_dir()
+    if inside or is_file:
         raise UserError(
             f"{target} is there already, and nothing is overwritten",
-            got=f"a folder with {names}" if inside else "a file",
+            got="a file" if is_file else _folder_with(inside),
             allowed="a new or an empty folder",
-            do="Choose another folder, or pass overwrite=True to replace this one by a whole one",
+            do=do,
         )
     return target
 
 
+def _content(target: Path) -> list[str]:
+    """The names in a folder, without the hidden folders of writers that were killed, or write."""
+    if not target.is_dir():
+        return []
+    found = sorted(target.iterdir())
+    return [
+        entry.name for entry in found if not (_PARTIAL.fullmatch(entry.name) and entry.is_dir())
+    ]
+
+
+def _folder_with(names: list[str]) -> str:
+    return f"a folder with {', '.join(names[:6])}{', ...' if len(names) > 6 else ''}"
+
+
 @contextmanager
 def whole_files(folder: str | PathLike[str], needed_bytes: int = 0) -> Iterator[Path]:
-    """A hidden folder whose files move into `folder` if nothing fails, and else disappear.
+    """A hidden folder in `folder` whose files move up into it if nothing fails, or else disappear.
 
     Args:
         folder: is made if it is not there; a file in it is replaced by a new one of its name.
@@ -56,10 +88,11 @@ def whole_files(folder: str | PathLike[str], needed_bytes: int = 0) -> Iterator[
         UserError: too little room, a disk that becomes full, or a folder that cannot be written.
     """
     target = Path(folder).expanduser()
-    partial = target.parent / f".{target.name}-{uuid.uuid4().hex[:8]}.partial"
-    made = _missing(target)
+    partial = hidden_folder(target)
+    made: list[Path] = []
     try:
         with readable_write_errors(target):
+            made = _missing(target)
             target.mkdir(parents=True, exist_ok=True)
             check_space(target, needed_bytes, "this export", target, _NO_ROOM)
             partial.mkdir()
@@ -88,15 +121,20 @@ def folder_to_write(folder: str | PathLike[str], overwrite: bool) -> Iterator[Pa
 
     Raises:
         UserError: there is something and `overwrite` is off; or it would remove what no export
-            wrote; or the folder cannot be replaced.
+            wrote; or the folder cannot be replaced, as a mount point cannot.
     """
     target = Path(folder).expanduser()
-    if not overwrite or not target.is_dir() or not any(target.iterdir()):
+    with readable_write_errors(target):
+        is_replaced = overwrite and bool(_content(target))
+    if not is_replaced:
         yield check_new(target)
         return
     _check_earlier_export(target)
     place = target.resolve()
-    hidden = place.parent / f".{place.name}-{uuid.uuid4().hex[:8]}"
+    _check_no_mount_point(target, place)
+    # beside it and not inside, as whole_files has it: a folder cannot take the place of one that it
+    # lies in. Of a long name a part, so that the hidden ones are no longer than names may be
+    hidden = place.parent / f".{place.name[:50]}-{uuid.uuid4().hex[:8]}"
     written, aside = hidden.with_name(f"{hidden.name}.new"), hidden.with_name(f"{hidden.name}.old")
     try:
         with readable_write_errors(target):
@@ -129,13 +167,23 @@ def _check_earlier_export(target: Path) -> None:
     """Raise UserError for a folder that is no checkpoint: a home, a work folder, or a root."""
     if any((target / name).is_file() for name in _OF_AN_EXPORT):
         return
-    inside = sorted(entry.name for entry in target.iterdir())
     raise UserError(
         f"{target} is not replaced: it is no folder of a model or an adapter",
-        got="a folder with " + ", ".join(inside[:6]) + (", ..." if len(inside) > 6 else ""),
+        got=_folder_with(_content(target)),
         allowed=f"with overwrite=True, a folder with {' or '.join(_OF_AN_EXPORT)}",
         do="Choose another folder, or delete this one first",
     )
+
+
+def _check_no_mount_point(target: Path, place: Path) -> None:
+    """Raise UserError, before anything is written, where the rename at the end has to fail."""
+    if os.path.ismount(place):
+        raise UserError(
+            f"{target} is not replaced: the folder beside it is on another file system",
+            got="a mount point, which cannot be renamed",
+            allowed="with overwrite=True, a folder that lies on one file system with its parent",
+            do="Choose a folder inside it, or delete the files in it first",
+        )
 
 
 def _move_all(partial: Path, target: Path, made: list[Path]) -> None:
@@ -172,7 +220,8 @@ def _move_all(partial: Path, target: Path, made: list[Path]) -> None:
 def _missing(target: Path) -> list[Path]:
     """The folders that are made for the target, from the innermost out."""
     found = []
-    while not target.exists():
-        found.append(target)
-        target = target.parent
+    for folder in (target, *target.parents):
+        if folder.exists():
+            break
+        found.append(folder)
     return found

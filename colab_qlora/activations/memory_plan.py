@@ -18,7 +18,7 @@ from colab_qlora.activations.cost_settings import (
     CostSettings,
 )
 from colab_qlora.activations.gpu_profile import GpuProfile
-from colab_qlora.activations.held_weights import with_held_weights
+from colab_qlora.activations.held_layers import with_held_weights
 from colab_qlora.activations.model_shape import ModelShape, Rank
 from colab_qlora.activations.plan import BudgetTooSmall
 from colab_qlora.activations.recording import may_record
@@ -119,6 +119,7 @@ class Workload:
         document_tokens: mean tokens of a document, where several are packed into a sequence.
         settings: how the step runs; attention and GEMM workspace are set for the machine.
         has_stepped: the optimiser's states are there already.
+        held_bytes: that decoded weights take now which an earlier plan holds.
     """
 
     model_name: str
@@ -129,6 +130,7 @@ class Workload:
     document_tokens: int | None = None
     settings: CostSettings = field(default_factory=CostSettings)
     has_stepped: bool = False
+    held_bytes: int = 0
 
     @property
     def tokens(self) -> int:

@@ -133,7 +133,7 @@ class ActivationRuntime:
     def lower_budget(self) -> str:
         """Forget all plans and make the next ones for less memory; a clause that says so."""
         self.share *= LESS_BUDGET
-        self.plans.clear()
+        self._forget_plans()
         self.new_pass()
         return f"planning again with {self.share:.0%} of the memory"
 
@@ -142,14 +142,14 @@ class ActivationRuntime:
         settings = self.workload.settings
         if settings.records_layers:
             self.workload = replace(self.workload, settings=replace(settings, records_layers=False))
-            self.plans.clear()
+            self._forget_plans()
 
     def embedding_is_back(self) -> None:
         """Its table is on the GPU again: plans that count on the host no longer hold."""
         settings = self.workload.settings
         if settings.embedding == "host":
             self.workload = replace(self.workload, settings=replace(settings, embedding="either"))
-            self.plans.clear()
+            self._forget_plans()
             self.new_pass()
 
     @property
@@ -164,6 +164,10 @@ class ActivationRuntime:
         workload = replace(self.workload, settings=replace(settings, embedding=place))
         now: dict[str, Any] = dict.fromkeys(("current", "_lane", "_last", "_move_embedding"))
         return {**vars(self), **now, "plans": {}, "workload": workload}
+
+    def _forget_plans(self) -> None:
+        self.plans.clear()
+        self._most_held = None
 
     def _hold_alike(self, plan: MemoryPlan) -> None:
         """Have all plans hold as many layers' weights as the one that holds fewest."""
@@ -181,9 +185,9 @@ class ActivationRuntime:
             seq_length=kind.seq_length,
             document_tokens=kind.document_tokens,
             settings=settings,
+            held_bytes=held_bytes,
         )
         machine = self._machine(workload)
-        machine = replace(machine, other_bytes=max(0, machine.other_bytes - held_bytes))
         budget_bytes = int(machine.budget_bytes * self.share)
         host_bytes = machine.host_bytes if self._can_offload else 0
         machine = replace(machine, budget_bytes=budget_bytes, host_bytes=host_bytes)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from functools import cached_property
 
-from colab_qlora.activations.held_weights import held_layer_bytes
+from colab_qlora.activations.held_layers import held_layer_bytes
 from colab_qlora.activations.phase_costs import Moment
 from colab_qlora.activations.plan import Plan
 from colab_qlora.activations.recording import can_record, may_record

@@ -152,7 +152,7 @@ def content_faults(messages: object, field: str) -> list[Fault]:
     """
     faults: list[Fault] = []
     for index, message in enumerate(messages if isinstance(messages, list) else []):
-        layout = message_layout(message)
+        layout = _trained_layout(message)
         if layout is not None and isinstance(message, Mapping):
             fault = _content_fault(message, f"{field}[{index}]", *layout)
             faults += [] if fault is None else [fault]
@@ -182,12 +182,18 @@ def joined_parts(messages: object) -> Any:
 def _joined(message: Any) -> Any:
     if not isinstance(message, Mapping):
         return message
-    texts = {
-        name: "".join(part["text"] for part in message[name])
-        for _, name in MESSAGE_LAYOUTS
-        if isinstance(message.get(name), list)
-    }
-    return {**message, **texts}
+    layout = _trained_layout(message)
+    # of the other layout's text nothing is known
+    if layout is None or not isinstance(message.get(layout[1]), list):
+        return message
+    return {**message, layout[1]: "".join(part["text"] for part in message[layout[1]])}
+
+
+def _trained_layout(message: object) -> tuple[str, str] | None:
+    """The pair that TRL reads: role and content wherever there is a role."""
+    if isinstance(message, Mapping) and message.get("role") is not None:
+        return MESSAGE_LAYOUTS[0]
+    return message_layout(message)
 
 
 def message_layout(message: object) -> tuple[str, str] | None:
@@ -244,8 +250,10 @@ def _read_text(content: object, place: str) -> str | Fault:
     """The text of one message, whose parts are joined where it has several."""
     if isinstance(content, list):
         for index, part in enumerate(content):
-            if not isinstance(part, Mapping) or not isinstance(part.get("text"), str):
-                kind = part.get("type") if isinstance(part, Mapping) else None
+            kind = part.get("type") if isinstance(part, Mapping) else None
+            has_text = isinstance(part, Mapping) and isinstance(part.get("text"), str)
+            # Arrow, and some writers, give an image a text too
+            if not has_text or kind not in (None, "text"):
                 named = f"of type {shown(kind)}" if kind is not None else kind_of(part)
                 return Fault("part", f"'{place}[{index}]' is {named}")
         content = "".join(part["text"] for part in content)

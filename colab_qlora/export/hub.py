@@ -20,6 +20,7 @@ from colab_qlora.export.hub_token import find_token
 from colab_qlora.export.merged import check_save_method, save_pretrained_merged
 from colab_qlora.export.options import refuse_unknown
 from colab_qlora.export.save_gguf import save_pretrained_gguf
+from colab_qlora.whole_files import PARTIAL_FILES
 
 # of a commit; the rest of the keyword arguments is for the files
 _COMMIT = ("commit_message", "commit_description", "create_pr")
@@ -192,13 +193,16 @@ def _push(repository: Repository, save: Callable[[Path], Any]) -> str:
         return repository.upload(folder)
 
 
-def _unwelcome(folder: Path) -> list[str] | None:
-    """PEFT's model card where it names a folder of this machine: a hub takes none but model ids."""
+def _unwelcome(folder: Path) -> list[str]:
+    """What is not uploaded: what a killed export left, and a model card that the hub refuses.
+
+    PEFT's card may name a folder of this machine as base model; a hub takes none but model ids.
+    """
     card = folder / "README.md"
     if not card.is_file():
-        return None
+        return [PARTIAL_FILES]
     for line in card.read_text(encoding="utf-8").splitlines():
         key, _, name = line.partition(":")
         if key.strip() == "base_model" and Path(name.strip().strip("'\"")).is_absolute():
-            return ["README.md"]
-    return None
+            return [PARTIAL_FILES, "README.md"]
+    return [PARTIAL_FILES]

@@ -79,10 +79,6 @@ class Int8Weight:
         """Some of the rows, as views."""
         return Int8Weight(self.codes[part], self.absmax[part])
 
-    def addresses(self) -> tuple[int, ...]:
-        """Where codes and scales stand; `.to()` moves each of them by itself."""
-        return self.codes.data_ptr(), self.absmax.data_ptr()
-
 
 @triton.jit
 def decode_int8_program(

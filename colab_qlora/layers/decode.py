@@ -22,7 +22,7 @@ from colab_qlora.layers.held_weights import HeldGroup, HoldKey, is_recording
 from colab_qlora.layers.linear import LinearPart, LoraBlock
 from colab_qlora.layers.scratch import Scratch
 from colab_qlora.layers.span import Span
-from colab_qlora.layers.standing import BaseTensors, Signature
+from colab_qlora.layers.standing import BaseTensors, Signature, addresses
 
 # a buffer that grows moves, and its launches are of no use any more
 MOST_LAUNCHES = 16
@@ -136,19 +136,18 @@ class GroupDecoder:
     def is_held_stale(self) -> bool:
         """True if the group's weights should be held, and those that are there are not these."""
         store = self._scratch.held
-        if self._hold_key is None or not store.holds(self._hold_key):
+        if self._hold_key is None or not store.wants(self._hold_key):
             return False
         held = store.find(self._hold_key)
-        if held is None or held.signature is None:
-            return True
-        return not held.signature.holds(self._base.now())
+        return held is None or not self.is_current(held)
 
-    def held_now(self) -> Signature | None:
-        """The signature of the weights that are held, as they were decoded; None if none are."""
-        if self._hold_key is None:
-            return None
-        held = self._scratch.held.find(self._hold_key)
-        return None if held is None else held.signature
+    def held_now(self) -> HeldGroup | None:
+        """The buffer of the weights that are held; None if none are."""
+        return None if self._hold_key is None else self._scratch.held.find(self._hold_key)
+
+    def is_current(self, held: HeldGroup) -> bool:
+        """True if the group's weights, as they are now, are what the buffer was filled with."""
+        return held.signature is not None and held.signature.is_of(self._base.now())
 
     def _held(
         self, span: Span, like: torch.Tensor, spare: int, *, is_backward: bool
@@ -164,7 +163,7 @@ class GroupDecoder:
         if held is None:
             return None
         tensors = self._base.now()
-        if held.signature is None or not held.signature.holds(tensors):
+        if held.signature is None or not held.signature.is_of(tensors):
             if is_recording(like):
                 return None
             held.signature = None
@@ -178,11 +177,8 @@ class GroupDecoder:
 
     def _fill(self, span: Span, buffer: torch.Tensor, height: int, is_backward: bool) -> None:
         parts = [self._parts[index] for index in span.parts]
-        # bitsandbytes' weights are a subclass of torch's that would be asked at every look
-        with torch._C.DisableTorchFunctionSubclass():
-            # `.to()` may have moved what the parameters stand for
-            addresses = [address for part in parts for address in part.addresses()]
-        key = (*self._border_key(span, buffer, is_backward), *addresses)
+        # `.to()` may have moved what the parameters stand for
+        key = (*self._border_key(span, buffer, is_backward), *addresses(self._base.now()))
         ready = self._launches.get(key)
         if ready is not None:
             for launch in ready:

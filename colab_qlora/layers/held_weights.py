@@ -5,6 +5,10 @@ an H200 0.37 ms a layer and step, of a step that takes 70 ms with 2 x 512 tokens
 2 x 2048. A group that is held is decoded once; only the borders, where its adapters stand, are
 written anew in each pass. What is in the buffer is the same bit by bit.
 
+A weight that is replaced, moved or written in place is decoded anew. What is written through
+`weight.data` or a view of another library is not seen, as torch counts no such write:
+`models.smart.free_recordings(model)` lets everything go.
+
 Bytes held: those of the scratch buffers, 2 (rows + spare) (in + spare) a group in half precision.
 """
 
@@ -52,11 +56,15 @@ class HeldWeights:
         self.layers, self.passes = 0, 0
         self._groups: dict[HoldKey, HeldGroup] = {}
 
-    def hold(self, layers: int) -> None:
-        """Hold the first so many layers from now on; the memory of others is free at once."""
-        if layers < self.layers:
-            self._groups = {key: held for key, held in self._groups.items() if key[0] < layers}
-        self.layers = layers
+    def hold(self, layers: int) -> bool:
+        """Hold the first so many layers from now on; True if others were let go.
+
+        Their memory is free once no recording reads it.
+        """
+        kept = {key: held for key, held in self._groups.items() if key[0] < layers}
+        is_less = len(kept) < len(self._groups)
+        self._groups, self.layers = kept, layers
+        return is_less
 
     def group(
         self,
@@ -69,7 +77,7 @@ class HeldWeights:
 
         While something is recorded no buffer is made: it would belong to the recording's memory.
         """
-        if not self.holds(key):
+        if not self.wants(key):
             return None
         held = self._groups.get(key)
         if held is not None:
@@ -88,7 +96,7 @@ class HeldWeights:
         self._groups[key] = held
         return held
 
-    def holds(self, key: HoldKey) -> bool:
+    def wants(self, key: HoldKey) -> bool:
         """True if this group is to be held."""
         return key[0] < self.layers
 

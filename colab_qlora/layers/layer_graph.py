@@ -10,7 +10,6 @@ all layers share, and are copied out of it at once, together.
 
 from __future__ import annotations
 
-import operator
 import weakref
 from dataclasses import dataclass, replace
 from typing import Any
@@ -25,7 +24,7 @@ from colab_qlora.layers.graph_recorder import Recorder, Recording
 from colab_qlora.layers.layer_parts import LayerParts, Pass
 from colab_qlora.layers.saved import SavedTensors
 from colab_qlora.layers.scratch import Scratch, Wide, new_rows, wide_of
-from colab_qlora.layers.standing import BaseTensors, Signature, addresses
+from colab_qlora.layers.standing import BaseTensors, addresses
 
 
 class ShapeMemory:
@@ -280,25 +279,26 @@ class Standing:
     """
 
     def __init__(self, parts: LayerParts) -> None:
-        self._groups = parts.groups()
-        linears = [part for group in self._groups for part in group.parts]
+        groups = parts.groups()
+        linears = [part for group in groups for part in group.parts]
         self._base = BaseTensors(linears)
         self._others: list[torch.Tensor] = [norm.weight for norm in parts.norms()]
         self._others += [part.bias for part in linears if part.bias is not None]
-        for group in self._groups:
+        for group in groups:
             self._others += [x for _, _, block in group.blocks for x in (block.a, block.b)]
-        base = self._base.now()
-        self._signature, self._addresses = Signature(base), addresses(self._others)
-        # a recorded pass only adds borders to decoded weights that are held
-        self._held = self._held_now()
+        self._addresses = addresses([*self._base.now(), *self._others])
+        # a recorded pass only adds borders to decoded weights that are held. The buffers stay as
+        # long as the recording, which knows their addresses alone
+        self._held = [(group, group.held_now()) for group in groups]
 
     def holds(self) -> bool:
-        """True if nothing has moved, and held weights are those that were decoded then."""
+        """True if nothing has moved, and held weights are those of the layer as it is now."""
         return (
-            self._addresses == addresses(self._others)
-            and self._signature.holds(self._base.now())
-            and all(map(operator.is_, self._held, self._held_now()))
+            self._addresses == addresses([*self._base.now(), *self._others])
+            and not self.reads_what_is_let_go()
+            and all(held is None or group.is_current(held) for group, held in self._held)
         )
 
-    def _held_now(self) -> list[Signature | None]:
-        return [group.held_now() for group in self._groups]
+    def reads_what_is_let_go(self) -> bool:
+        """True if other decoded weights are held now than were recorded, or none."""
+        return any(group.held_now() is not held for group, held in self._held)

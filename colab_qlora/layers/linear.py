@@ -66,21 +66,6 @@ class LinearPart:
         """Ranks of all active adapters together."""
         return sum(block.rank for block in self.blocks)
 
-    def addresses(self) -> tuple[int, ...]:
-        """Where the weight and, of a quantised one, everything that decodes it stand."""
-        if self.kind == "int8":
-            int8: tuple[int, ...] = self.weight.addresses()
-            return int8
-        state = getattr(self.weight, "quant_state", None)
-        if state is None:
-            return (self.weight.data_ptr(),)
-        found = (self.weight.data_ptr(), state.absmax.data_ptr(), state.code.data_ptr())
-        nested = state.state2
-        if nested is None:
-            return found
-        # `.to()` moves each of them by itself
-        return (*found, state.offset.data_ptr(), nested.absmax.data_ptr(), nested.code.data_ptr())
-
     def trainable(self) -> list[torch.nn.Parameter]:
         """Parameters whose gradient the fused layer has to return, in a fixed order."""
         if self.kind == "module":

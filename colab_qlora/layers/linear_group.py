@@ -28,13 +28,12 @@ import torch
 from colab_qlora.layers.decode import GroupDecoder
 from colab_qlora.layers.gemm import accumulate, multiply_into, parameter_gradient
 from colab_qlora.layers.gradients import Gradients
-from colab_qlora.layers.held_weights import HoldKey
+from colab_qlora.layers.held_weights import HeldGroup, HoldKey
 from colab_qlora.layers.linear import LinearPart, LoraBlock
 from colab_qlora.layers.lora_dropout import drop, dropped_gradient_
 from colab_qlora.layers.module_call import ModuleCall
 from colab_qlora.layers.scratch import Scratch, Wide
 from colab_qlora.layers.span import Span, spans_of
-from colab_qlora.layers.standing import Signature
 
 # GEMM tiles on tensor cores are 64 deep: fewer spare columns would cost the same. On a CPU rows
 # then start at cache lines; where they do not, MKL sums in an order that depends on their stride,
@@ -86,8 +85,8 @@ class LinearGroup:
                 column += block.rank
         self.rank = column
         self.has_modules = any(part.kind == "module" for part in self.parts)
-        # modules are never decoded; and a merge writes into a dense weight's `data`, which no
-        # counter tells
+        # modules are never decoded; and PEFT merges into a dense weight's `data`, and only there,
+        # which no counter tells
         if any(part.kind in ("module", "dense") for part in self.parts):
             hold_key = None
         self._decoder = GroupDecoder(self.parts, self.rows, self.blocks, scratch, slot, hold_key)
@@ -98,9 +97,13 @@ class LinearGroup:
         """True if the decoded weight that should be held is missing, or that of another weight."""
         return self._decoder.is_held_stale()
 
-    def held_now(self) -> Signature | None:
-        """What stands for the decoded weight that is held; None if none is."""
+    def held_now(self) -> HeldGroup | None:
+        """The decoded weight that is held; None if none is."""
         return self._decoder.held_now()
+
+    def is_current(self, held: HeldGroup) -> bool:
+        """True if a held, decoded weight is still that of this group."""
+        return self._decoder.is_current(held)
 
     def spare_columns(self, device: torch.device) -> int:
         """Columns beside the input or the output gradient that the rank-r products need."""

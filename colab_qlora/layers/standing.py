@@ -57,7 +57,7 @@ class Signature:
         self._tensors = [weakref.ref(tensor) for tensor in tensors]
         self._addresses, self._versions = addresses(tensors), _versions(tensors)
 
-    def holds(self, tensors: Sequence[torch.Tensor]) -> bool:
+    def is_of(self, tensors: Sequence[torch.Tensor]) -> bool:
         """True if it would be the same of these tensors now."""
         return (
             len(tensors) == len(self._tensors)
@@ -79,5 +79,5 @@ def _versions(tensors: Sequence[torch.Tensor]) -> list[int]:
         try:
             return list(map(_VERSION, tensors))
         except RuntimeError:
-            # tensors made in inference mode have no counter, and cannot be written to outside of it
+            # tensors made in inference mode have no counter; outside of it nobody can write to them
             return [0 if tensor.is_inference() else tensor._version for tensor in tensors]

@@ -128,7 +128,8 @@ class FusedState:
                 runtime.layers_are_not_recorded()
             held = self.scratch.held
             planned = runtime.plan_of(_kind_of(layer, hidden, mask), held.bytes_held())
-            held.hold(planned.step.held_layers if planned.step else 0)
+            if held.hold(planned.step.held_layers if planned.step else 0):
+                self.graphs.let_go_of_held()
         assert runtime.current is not None
         assert runtime.current.step is not None
         step = runtime.current.step

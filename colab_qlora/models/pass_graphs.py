@@ -97,6 +97,12 @@ class PassGraphs:
         """GPU memory that only recordings can use."""
         return self._recorded.pool_bytes()[0]
 
+    def let_go_of_held(self) -> None:
+        """Recordings of decoded weights that are held no longer go once no pass is under way."""
+        for _, found in self._recorded.items():
+            graphs = found.layers.values()
+            found.is_stale |= any(graph.standing.reads_what_is_let_go() for graph in graphs)
+
     def takes(self, hidden: torch.Tensor) -> bool:
         """True if layers with this input may ask for recordings."""
         return self.is_on and (hidden.is_cuda or self._can_run_anywhere)

@@ -62,13 +62,17 @@ def workload_of(model: Any, batch_size: int = 1, seq_length: int = 1) -> Workloa
         is_4bit=is_4bit,
         embedding=_place_of_embedding(causal, device),
         records_layers=_records(model),
+        # groups with a weight that is neither NF4 nor int8 count too, though they are not held
+        holds_weights=state_of(model) is not None,
     )
     rank: Rank = ranks
     asked = settings_of(causal)
     # "embedded" and not the folder that it was unpacked into
     name = asked.model_name if asked is not None else getattr(causal.config, "_name_or_path", "")
     name = name or type(causal).__name__
-    return Workload(name, shape, rank, batch_size, seq_length, settings=settings)
+    state = state_of(model)
+    held = state.scratch.held.bytes_held() if state is not None else 0
+    return Workload(name, shape, rank, batch_size, seq_length, settings=settings, held_bytes=held)
 
 
 def plan_batches(
@@ -188,14 +192,14 @@ def profile_for(device: torch.device, workload: Workload) -> GpuProfile:
 
 
 def resident_bytes(workload: Workload) -> int:
-    """What the model and its adapters should have allocated before a step."""
+    """What the model, its adapters and held weights should have allocated before a step."""
     sizes = static_bytes(workload.shape, workload.rank, workload.settings)
     later = {"CUDA context"}
     if not workload.has_stepped:
         later.update(_FROM_FIRST_STEP)
     if not workload.settings.has_gradients:
         later.add("gradients")
-    return sum(size for name, size in sizes.items() if name not in later)
+    return workload.held_bytes + sum(size for name, size in sizes.items() if name not in later)
 
 
 @dataclass(frozen=True)

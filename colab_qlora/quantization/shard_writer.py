@@ -1,14 +1,14 @@
 """Write a checkpoint folder in shards: one shard in memory at a time, and all of it or nothing.
 
-Everything goes into a hidden folder beside the target, which is renamed at the very end. Whatever
-stops it before (a full disk, an interrupt, a weight that cannot be read) removes that folder.
+Everything goes into a hidden folder beside the target, which is renamed at the very end; where the
+target is there and empty, into one inside it, whose files are moved. Whatever stops it before (a
+full disk, an interrupt, a weight that cannot be read) removes that folder.
 """
 
 from __future__ import annotations
 
 import json
 import shutil
-import uuid
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -21,6 +21,7 @@ import torch
 from colab_qlora.disk import check_space, readable_write_errors
 from colab_qlora.errors import UserError
 from colab_qlora.quantization.weight_source import INDEX, SINGLE
+from colab_qlora.whole_files import check_new, hidden_folder, whole_files
 
 MAX_SHARD_BYTES = 2 * 2**30
 # config, tokenizer and index: a large vocabulary's tokenizer.json has 20 to 35 MB
@@ -85,10 +86,11 @@ def write_checkpoint(
             written; there is then no new file anywhere.
     """
     _check_shard_bytes(max_shard_bytes)
-    target = Path(folder).expanduser()
-    _check_empty(target)
+    target = check_new(folder, do="Choose another folder, or delete this one first")
     shards = split_into_shards(tensors, max_shard_bytes)
-    with _all_or_nothing(target, sum(tensor.bytes for tensor in tensors)) as partial:
+    # one that is there may be a link or a mount point, whose place no other folder can take
+    write = whole_files if target.is_dir() else _all_or_nothing
+    with write(target, sum(tensor.bytes for tensor in tensors) + OTHER_FILES_BYTES) as partial:
         # the small files first: what is wrong with them is seen before gigabytes are written
         for part in (config, generation_config, tokenizer):
             if part is not None:
@@ -148,37 +150,16 @@ def _check_shard_bytes(max_shard_bytes: Any) -> None:
         )
 
 
-def _check_empty(target: Path) -> None:
-    if target.is_dir():
-        inside = sorted(entry.name for entry in target.iterdir())
-        if not inside:
-            return
-        got = f"a folder with {', '.join(inside[:6])}{', ...' if len(inside) > 6 else ''}"
-    elif target.exists():
-        got = "a file"
-    else:
-        return
-    raise UserError(
-        f"{target} is there already, and nothing is overwritten",
-        got=got,
-        allowed="a new or an empty folder",
-        do="Choose another folder, or delete this one first",
-    )
-
-
 @contextmanager
-def _all_or_nothing(target: Path, weight_bytes: int) -> Iterator[Path]:
-    """A folder beside the target that takes its place if nothing fails, and else disappears."""
-    partial = target.parent / f".{target.name}-{uuid.uuid4().hex[:8]}.partial"
+def _all_or_nothing(target: Path, needed_bytes: int) -> Iterator[Path]:
+    """A folder beside the target that gets its name if nothing fails, and else disappears."""
+    partial = hidden_folder(target.parent)
     try:
         with readable_write_errors(target):
             target.parent.mkdir(parents=True, exist_ok=True)
-            needed = weight_bytes + OTHER_FILES_BYTES
-            check_space(target.parent, needed, "this checkpoint", target, _NO_ROOM)
+            check_space(target.parent, needed_bytes, "this checkpoint", target, _NO_ROOM)
             partial.mkdir()
             yield partial
-            if target.exists():
-                target.rmdir()
             partial.rename(target)
     finally:
         # gone already where it was renamed

@@ -32,8 +32,8 @@ def checked_messages(
     """Rows whose messages have one text each.
 
     Args:
-        rows: a datasets.Dataset, a list of dicts, or several of these by name; other kinds, such as
-            streams, are left to TRL.
+        rows: a datasets.Dataset, a list of dicts, or for "eval" several of these by name; other
+            kinds, such as streams, are left to whoever reads them next.
         kind: "train" or "eval", for messages.
         tokenizer: a processor's rows are left to TRL, too, since they may have images.
         text_field: the column that holds texts, if there is one.
@@ -47,6 +47,9 @@ def checked_messages(
         UserError: images, tools, or messages without text; the message names rows and fields.
     """
     if isinstance(rows, dict):
+        # several sets to train on are refused by their own name, and so not read before
+        if kind != "eval":
+            return rows
         return {
             name: checked_messages(each, kind, tokenizer, text_field, is_laid_out=is_laid_out)
             for name, each in rows.items()

@@ -13,7 +13,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "layers"))
 from machines import GIB, LARGE, LLAMA_3_8B, SMALL, machine  # noqa: E402
 
 from colab_qlora.activations.cost_settings import CostSettings  # noqa: E402
-from colab_qlora.activations.held_weights import (  # noqa: E402
+from colab_qlora.activations.held_layers import (  # noqa: E402
     LEFT_SHARE,
     held_layer_bytes,
     with_held_weights,
@@ -130,7 +130,9 @@ def test_what_is_held_already_is_not_counted_as_other_tensors() -> None:
     plans = runtime(80)
     first = plans.plan_of(BatchKind(2, 128)).step
     assert first is not None
-    plans._machine = lambda _: replace(machine(LARGE, 80), other_bytes=first.held_bytes + 5)
+    plans._machine = lambda workload: replace(
+        machine(LARGE, 80), other_bytes=first.held_bytes + 5 - workload.held_bytes
+    )
     plans.new_pass()
     second = plans.plan_of(BatchKind(2, 256), first.held_bytes).step
     assert second is not None and second.other_bytes == 5

@@ -121,7 +121,8 @@ def test_the_order_of_positional_arguments():
 
 
 def test_text_parts_become_one_text(convert):
-    parts = [{"type": "text", "text": "one "}, {"type": "text", "text": "two"}]
+    # one kind of part need not be named
+    parts = [{"type": "text", "text": "one "}, {"type": None, "text": "two"}]
     rows = [{"messages": [{"role": "user", "content": parts}, {**ASSISTANT, "content": parts[:1]}]}]
     assert [m["content"] for m in convert(rows)[0]["conversations"]] == ["one two", "one "]
 
@@ -182,6 +183,11 @@ def test_a_bad_conversation_is_refused_in_every_kind_of_rows(
         (
             {**ASSISTANT, "content": [{"type": "text", "text": "a"}, {"type": "image_url"}]},
             "[1].content[1]' is of type 'image_url'",
+            "keep the text parts only",
+        ),
+        (
+            {**ASSISTANT, "content": [{"type": "image", "text": "", "image": "a.png"}]},
+            "[1].content[0]' is of type 'image'",
             "keep the text parts only",
         ),
         ({**ASSISTANT, "content": ["a"]}, "[1].content[0]' is text", "keep the text parts only"),

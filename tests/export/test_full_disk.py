@@ -55,6 +55,21 @@ def test_a_tokenizer_that_does_not_fit(model, large_tokenizer, small_disk, metho
 
 
 @pytest.mark.parametrize("method", METHODS)
+def test_a_link_to_an_empty_folder_of_another_disk(model, small_disk, tmp_path, method):
+    disk = small_disk(1024)
+    (tmp_path / "out").symlink_to(disk)
+    save_pretrained_merged(model, tmp_path / "out", save_method=method)
+    assert (tmp_path / "out").is_symlink()
+    names = {entry.name for entry in disk.iterdir()}
+    assert names & {"adapter_model.safetensors", "model.safetensors"}
+    assert not any(name.startswith(".") for name in names)
+    if method == "lora":
+        # and over what is there
+        save_lora(model, tmp_path / "out")
+        assert {entry.name for entry in disk.iterdir()} == names
+
+
+@pytest.mark.parametrize("method", METHODS)
 def test_an_earlier_folder_stays(model, large_tokenizer, small_disk, method):
     disk = small_disk(256)
     out = save_pretrained_merged(model, disk / "out", save_method="lora")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 import socket
 import sys
 import types
@@ -126,7 +127,12 @@ def test_gguf(model, tokenizer, hub, tmp_path, scratch):
 def test_saving_that_pushes_too(model, tokenizer, hub, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     options = {"push_to_hub": True, "token": TOKEN, "endpoint": hub.endpoint}
+    # what a kill of an earlier export left
+    left = tmp_path / "ada" / "merged" / ".0123abcd.partial"
+    left.mkdir(parents=True)
+    (left / "model.safetensors").write_text("half")
     merged = save_pretrained_merged(model, "ada/merged", tokenizer, **options)
+    shutil.rmtree(left)
     assert hub.files("ada/merged") == on_disk(merged)
     # a folder may hold other things
     (tmp_path / "gguf").mkdir()

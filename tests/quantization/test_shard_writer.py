@@ -98,6 +98,24 @@ def test_an_empty_folder_is_taken_and_a_full_one_is_not(tmp_path):
     assert (tmp_path / "file").read_text() == "mine"
 
 
+def test_an_empty_folder_stays_itself(tmp_path, small_disk):
+    """A link, or a mount point, and what a killed writer left there."""
+    disk = small_disk(256)
+    (disk / ".0123abcd.partial").mkdir()
+    (tmp_path / "link").symlink_to(disk)
+    write(tmp_path / "link")
+    assert (tmp_path / "link").is_symlink() and disk.is_mount()
+    names = {".0123abcd.partial", "config.json", "model.safetensors"}
+    assert {entry.name for entry in disk.iterdir()} == names
+    assert len(contents(disk)) == len(SIZES)
+
+
+def test_names_as_long_as_they_may_be(tmp_path):
+    assert len(contents(write(tmp_path / ("n" * 255)))) == len(SIZES)
+    with pytest.raises(UserError, match="cannot be written: got .*File name too long"):
+        write(tmp_path / ("n" * 300))
+
+
 @pytest.mark.parametrize("limit", [0, -1, True, 2.5, "2GB", None])
 def test_shard_sizes_that_are_none(tmp_path, limit):
     with pytest.raises(UserError, match="max_shard_bytes is not a number of bytes"):

@@ -11,7 +11,7 @@ import pytest
 pytest.importorskip("datasets")
 pytest.importorskip("trl")
 
-from datasets import Dataset  # noqa: E402
+from datasets import Dataset, DatasetDict  # noqa: E402
 
 from colab_qlora.data.records import Records  # noqa: E402
 from colab_qlora.errors import UserError  # noqa: E402
@@ -29,6 +29,14 @@ FAULTS = {
     "image": (
         {"messages": [SEEN, ANSWER]},
         f"row 1: 'messages[0].content[0]' is of type 'image'; {PARTS}",
+    ),
+    "image with a text": (
+        {"messages": [{**ASK, "content": [{"type": "image", "text": "", "image": "a.png"}]}]},
+        f"row 1: 'messages[0].content[0]' is of type 'image'; {PARTS}",
+    ),
+    "both layouts": (
+        {"messages": [ASK, {"role": "assistant", "from": "gpt", "content": None, "value": "Hi"}]},
+        "row 1: 'messages[1].content' is missing; allowed: text in every message. Fill or",
     ),
     "call": (
         {"messages": [ASK, {"role": "assistant", "content": None, "tool_calls": CALL}]},
@@ -175,6 +183,27 @@ def test_parts_of_text_become_one_text() -> None:
     assert checked([{"messages": [{"role": "user", "content": parts}, ANSWER]}]) == [
         {"messages": joined}
     ]
+
+
+def test_of_two_layouts_the_one_is_read_that_trl_reads() -> None:
+    both = {"role": "user", "from": "human", "content": "Hi", "value": IMAGE}
+    rows = [{"messages": [both, ANSWER]}]
+    assert checked(rows) == rows
+    parts = [{"type": "text", "text": "H"}, {"type": "text", "text": "i"}]
+    assert checked([{"messages": [{**both, "content": parts}, ANSWER]}]) == rows
+
+
+def test_several_sets_to_train_on_are_left_to_the_trainer() -> None:
+    for rows in (DatasetDict(train=Dataset.from_list([{"messages": [SEEN]}])), {"a": [{"x": 1}]}):
+        assert checked(rows) is rows
+
+
+@pytest.mark.model
+def test_a_trainer_names_several_sets_as_what_they_are(make_trainer: Any) -> None:
+    # with faults, which are not what is to be mended first
+    sets = DatasetDict(train=Dataset.from_list([{"messages": [SEEN]}]))
+    with pytest.raises(UserError, match="train_dataset is not a dataset: got DatasetDict; allowed"):
+        make_trainer(rows=sets)
 
 
 @pytest.mark.model
