@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -178,3 +179,22 @@ def test_a_table_of_8_bits_does_not_grow(tiny_model_folder):
     dense, _ = load(tiny_model_folder, 1.0)
     dense.resize_token_embeddings(rows + 1)
     assert dense.get_input_embeddings().num_embeddings == rows + 1
+
+
+@pytest.mark.parametrize(("gib", "spares"), [(40, True), (9, False)])
+def test_auto_is_what_a_plan_leaves_that_saves_no_memory(monkeypatch, gib, spares):
+    from colab_qlora.activations.gpu_profile import profile_named
+    from colab_qlora.activations.memory_plan import GIB, Machine, Workload, plan_for
+    from colab_qlora.activations.recorded_shapes import RECORDED_SHAPES
+    from colab_qlora.models.dynamic_loading import _spare_bytes
+
+    workload = Workload("8b", RECORDED_SHAPES["llama-3-8b"], 16, 2, 2048)
+    plan = plan_for(workload, Machine(profile_named("A100"), gib * GIB, 0))
+    monkeypatch.setattr("colab_qlora.models.memory_planning.plan_memory", lambda *_: plan)
+    on_a_gpu = SimpleNamespace(device=SimpleNamespace(type="cuda"))
+    model = SimpleNamespace(parameters=lambda: iter([on_a_gpu]))
+    assert any(plan.step.plan.recompute) is not spares
+    # weights that stay decoded make way for precision
+    needed = plan.step.peak_bytes - plan.step.held_bytes
+    assert _spare_bytes(model, 2048) == (gib * GIB - needed if spares else 0)
+    assert bool(plan.step.held_layers) is spares
