@@ -30,6 +30,7 @@ from benchmarks.quantization_metrics import (
     divergence,
     gap_interval,
     interval,
+    paired_difference,
     predictions_of,
     ratio_interval,
 )
@@ -55,7 +56,7 @@ def main() -> None:
     if options.join:
         rows, about = _joined(options.join)
         summary = summarise(rows)
-        print(_table(summary))
+        print(_table(summary) + _schedules(rows))
         print(f"wrote {record.write(options.name, rows, summary=summary, **about)}")
         return
     for seed in options.seeds:
@@ -67,9 +68,23 @@ def main() -> None:
             if not options.dry:
                 record.write(options.name, rows, **_about(options))
     summary = summarise(rows)
-    print(_table(summary))
+    print(_table(summary) + _schedules(rows))
     if not options.dry:
         print(f"wrote {record.write(options.name, rows, summary=summary, **_about(options))}")
+
+
+def _schedules(rows: list[dict[str, Any]]) -> str:
+    """A line for each schedule beside the fixed map of the same bytes."""
+    after: dict[str, dict[int, list[float]]] = {}
+    for row in rows:
+        after.setdefault(row["method"], {})[row["seed"]] = row["by_row"]["kl_after"]
+    lines = ""
+    for name in [name for name in after if f"{name} schedule" in after]:
+        fixed, moving = after[name], after[f"{name} schedule"]
+        seeds = sorted(fixed.keys() & moving.keys())
+        values = [[by_seed[seed] for seed in seeds] for by_seed in (fixed, moving)]
+        lines += f"\n{name} schedule against {name}: KL after {paired_difference(*values)}"
+    return lines
 
 
 def _options() -> argparse.Namespace:

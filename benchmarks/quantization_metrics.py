@@ -60,6 +60,19 @@ def interval(values: Sequence[Sequence[float]]) -> tuple[float, float, float]:
     return ratio_interval(values, None)
 
 
+def paired_difference(first: Sequence[Sequence[float]], then: Sequence[Sequence[float]]) -> str:
+    """By how much the second is lower, with its interval, and in how many rows of each seed.
+
+    Args:
+        first, then: by seed, then by row, of the same seeds and rows.
+    """
+    differences = np.asarray(first) - np.asarray(then)
+    mean, low, high = interval(differences.tolist())
+    counts = ", ".join(str(int(count)) for count in (differences > 0).sum(1))
+    rows = differences.shape[1]
+    return f"lower by {mean:.4f} ({low:.4f} to {high:.4f}), in {counts} of {rows} rows by seed"
+
+
 def ratio_interval(
     values: Sequence[Sequence[float]], against: Sequence[Sequence[float]] | None
 ) -> tuple[float, float, float]:

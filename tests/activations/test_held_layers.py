@@ -13,6 +13,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "layers"))
 from machines import GIB, LARGE, LLAMA_3_8B, SMALL, machine  # noqa: E402
 
 from colab_qlora.activations.cost_settings import CostSettings  # noqa: E402
+from colab_qlora.activations.gpu_profile import profile_named  # noqa: E402
 from colab_qlora.activations.held_layers import (  # noqa: E402
     LEFT_SHARE,
     held_layer_bytes,
@@ -22,6 +23,7 @@ from colab_qlora.activations.memory_plan import MemoryPlan, Workload, plan_for  
 from colab_qlora.activations.recording import recording_bytes  # noqa: E402
 from colab_qlora.activations.report import peak_parts, sentence  # noqa: E402
 from colab_qlora.activations.runtime import ActivationRuntime, BatchKind  # noqa: E402
+from colab_qlora.activations.saved_classes import class_bytes  # noqa: E402
 from colab_qlora.activations.this_machine import CPU_PROFILE  # noqa: E402
 
 torch = pytest.importorskip("torch")
@@ -97,12 +99,24 @@ def test_none(gib: float, settings: dict[str, object]) -> None:
 
 
 def test_what_is_kept_or_offloaded_goes_first() -> None:
+    held = []
     for gib in range(8, 60, 4):
         workload = Workload("8b", LLAMA_3_8B, 16, 2, 2048)
         found = plan_for(workload, machine(SMALL, gib, host_gib=7))
         assert found.step is not None
+        held.append(found.step.held_layers)
         if found.step.held_layers:
             assert not any(found.step.plan.recompute) and not any(found.step.offload)
+    assert held == sorted(held) and held[0] == 0 and held[-1] == 32
+
+
+@pytest.mark.parametrize("gpu", ["T4", "L4", "A100", "H100"])
+@pytest.mark.parametrize("seq_length", [64, 512, 2048])
+def test_a_byte_of_held_weights_saves_less_than_one_of_gate_and_up(gpu, seq_length) -> None:
+    batch = Workload("8b", LLAMA_3_8B, 16, 2, seq_length).batch_on(profile_named(gpu))
+    held = batch.held_s / held_layer_bytes(batch.shape, batch.rank, batch.settings)
+    sizes = class_bytes(batch.shape, batch.tokens, seq_length, batch.rank, batch.settings)
+    assert 0 < held < batch.recompute_s["gate_up"] / sizes["gate_up"]
 
 
 def runtime(gib: float) -> ActivationRuntime:

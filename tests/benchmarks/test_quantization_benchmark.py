@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 import torch
 
+from benchmarks.quantization import _schedules
 from benchmarks.quantization_metrics import (
     Predictions,
     divergence,
@@ -80,3 +81,23 @@ def test_a_dry_run_of_merging_finds_it_near_16_bit(tiny_model_folder):
     row = next(line for line in done.stdout.splitlines() if line.startswith("nf4 "))
     unmerged, merged, _ = (float(part.split()[-1]) for part in row.split(" (")[:3])
     assert merged < 0.05 * unmerged
+
+
+def test_a_schedule_is_held_against_the_fixed_map_row_by_row():
+    rows = [
+        {"method": method, "seed": seed, "by_row": {"kl_after": values}}
+        for method, seed, values in (
+            ("dynamic +5%", 1, [3.0, 3.0]),
+            ("dynamic +10%", 2, [0.5, 0.5]),
+            ("dynamic +10%", 1, [0.5, 0.5]),
+            ("dynamic +10% schedule", 1, [0.25, 0.5]),
+            ("dynamic +10% schedule", 2, [0.25, 0.25]),
+        )
+    ]
+    said = _schedules(rows)
+    assert said.startswith(
+        "\ndynamic +10% schedule against dynamic +10%: KL after lower by 0.1875 ("
+    )
+    assert said.endswith("), in 1, 2 of 2 rows by seed")
+    assert said.count("\n") == 1
+    assert not _schedules(rows[:3])
